@@ -1,0 +1,22 @@
+"""Token shards: a corpus on disk, made in parallel, read in one global order. Knows nothing of models."""
+
+from data_shards.errors import DataError
+from data_shards.format import Encoding, ShardedTokens, ShardWriter
+from data_shards.loader import Batch, Source, TokenLoader
+from data_shards.order import GlobalOrder, MixtureOrder
+from data_shards.prepare import Encoded, PrepareSummary, prepare
+
+__all__ = [
+    "Batch",
+    "DataError",
+    "Encoded",
+    "Encoding",
+    "GlobalOrder",
+    "MixtureOrder",
+    "PrepareSummary",
+    "ShardWriter",
+    "ShardedTokens",
+    "Source",
+    "TokenLoader",
+    "prepare",
+]

@@ -1,0 +1,309 @@
+"""Token shards on disk.
+
+A corpus is a folder:
+
+    shard-00000.tokens    token ids, flat, little-endian uint16 (uint32 from a vocabulary of 65,536 on)
+    shard-00000.offsets   where each document begins, uint64, one more entry than documents
+    shard-00000.mask      only for conversations: uint8 for each token, 1 where it is part of a response
+    packs.documents       only for conversations: the documents of all packs, one pack after the other, uint64
+    packs.offsets         only for conversations: where each pack begins in it, uint64, one more entry than packs
+    index.json            written last: counts, and the size and xxh64 of every file; a folder without it is no corpus
+
+Readers memory-map; opening costs the index and a `stat` of each file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_shards.errors import DataError
+from data_shards.files import file_xxh64, read_json, write_atomically, write_json
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+
+Array = npt.NDArray[Any]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """The type of one token id on disk."""
+    return np.dtype("<u2" if vocab_size < 65_536 else "<u4")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How text became ids: stored in the index, compared by readers.
+
+    `tokenizer` is the sha256 of the tokenizer's file, `bos` and `eos` say whether each document begins and ends so.
+    """
+
+    tokenizer: str
+    vocab_size: int
+    bos: bool = True
+    eos: bool = True
+
+    def as_json(self) -> dict[str, Any]:
+        """As stored in the index."""
+        return {"tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "bos": self.bos, "eos": self.eos}
+
+
+def write_shard(
+    folder: Path, number: int, ids: Array, lengths: Array, encoding: Encoding, mask: Array | None = None
+) -> dict[str, Any]:
+    """Write one shard and return its record for the index.
+
+    `ids`: token ids of all documents, [tokens]; `lengths`: tokens of each document, [documents]; `mask`: 1 on response
+    tokens, [tokens].
+    """
+    name = f"shard-{number:05d}"
+    dtype = token_dtype(encoding.vocab_size)
+    if len(ids) and (int(ids.max()) >= encoding.vocab_size or int(ids.min()) < 0):
+        raise DataError(f"{folder / name}: a token id lies outside the vocabulary of {encoding.vocab_size}")
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype("<u8")
+    arrays = {f"{name}.tokens": ids.astype(dtype), f"{name}.offsets": offsets}
+    if mask is not None:
+        arrays[f"{name}.mask"] = mask.astype("u1")
+    files = {file: write_atomically(folder / file, [array.tobytes()]) for file, array in arrays.items()}
+    return {"name": name, "tokens": len(ids), "documents": len(lengths), "files": files}
+
+
+def write_packs(folder: Path, packs: Sequence[Sequence[int]], sequence_length: int) -> dict[str, Any]:
+    """Write which documents each pack holds and return the record for the index."""
+    arrays = {
+        "packs.documents": np.array([document for pack in packs for document in pack], dtype="<u8"),
+        "packs.offsets": np.cumsum([0, *map(len, packs)]).astype("<u8"),
+    }
+    files = {name: write_atomically(folder / name, [array.tobytes()]) for name, array in arrays.items()}
+    return {"sequence_length": sequence_length, "packs": len(packs), "files": files}
+
+
+def write_index(
+    folder: Path,
+    shards: Sequence[dict[str, Any]],
+    encoding: Encoding,
+    *,
+    packs: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+) -> None:
+    """Commit a corpus: from here on the folder is one. `packs`: what `write_packs` returned."""
+    write_json(
+        folder / INDEX,
+        {
+            "format": FORMAT_VERSION,
+            "encoding": encoding.as_json(),
+            "tokens": sum(shard["tokens"] for shard in shards),
+            "documents": sum(shard["documents"] for shard in shards),
+            "shards": list(shards),
+            "packs": packs,
+            "provenance": provenance or {},
+        },
+    )
+
+
+@dataclass
+class ShardWriter:
+    """Writes documents one after the other; shards are cut at `shard_tokens`. Commits on leaving the `with` block.
+
+        with ShardWriter(folder, Encoding(tokenizer_sha256, 32_000)) as writer:
+            writer.add(ids)
+
+    Leaving by an exception commits nothing: the folder then holds no index and no reader takes it for a corpus.
+    """
+
+    folder: Path
+    encoding: Encoding
+    shard_tokens: int = 1 << 28
+    _shards: list[dict[str, Any]] = field(default_factory=list, init=False)
+    _ids: list[Array] = field(default_factory=list, init=False)
+    _masks: list[Array] = field(default_factory=list, init=False)
+    _tokens: int = field(default=0, init=False)
+
+    def __enter__(self) -> ShardWriter:
+        """Make the folder; refuse one that holds a corpus already."""
+        self.folder = Path(self.folder)
+        if (self.folder / INDEX).exists():
+            raise DataError(f"{self.folder}: holds a corpus already; remove it or write elsewhere")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def add(self, ids: Sequence[int] | Array, mask: Sequence[int] | Array | None = None) -> None:
+        """Append one document, and with it which of its tokens are part of a response."""
+        if self._ids and (mask is None) == bool(self._masks):
+            raise DataError(f"{self.folder}: either every document has a mask or none has")
+        self._ids.append(np.asarray(ids, dtype=np.int64))
+        if mask is not None:
+            self._masks.append(np.asarray(mask, dtype=np.uint8))
+            if len(self._masks[-1]) != len(self._ids[-1]):
+                raise DataError(f"{self.folder}: a document of {len(ids)} tokens has a mask of {len(mask)}")
+        self._tokens += len(ids)
+        if self._tokens >= self.shard_tokens:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._ids:
+            return
+        lengths = np.array([len(ids) for ids in self._ids])
+        mask = np.concatenate(self._masks) if self._masks else None
+        number = len(self._shards)
+        self._shards.append(write_shard(self.folder, number, np.concatenate(self._ids), lengths, self.encoding, mask))
+        self._ids, self._masks, self._tokens = [], [], 0
+
+    def commit(self, *, packs: dict[str, Any] | None = None, provenance: dict[str, Any] | None = None) -> None:
+        """Write what is left and the index."""
+        self._flush()
+        write_index(self.folder, self._shards, self.encoding, packs=packs, provenance=provenance)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Commit, unless an exception is under way or `commit` was called."""
+        if kind is None and not (self.folder / INDEX).exists():
+            self.commit()
+
+
+class ShardedTokens:
+    """A corpus on disk as one long array of token ids, memory-mapped.
+
+    `len()` in tokens; `tokens[start:stop]` copies a range out; `document(i)` one document. Opening
+    raises DataError when the index is torn, of another format, or a file is missing or has another size; `verify()`
+    also reads all bytes.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not (self.path / INDEX).exists():
+            raise DataError(f"{self.path}: no prepared corpus here (no {INDEX}); make one with dist-train prepare")
+        self.index = read_json(self.path / INDEX)
+        if self.index.get("format") != FORMAT_VERSION:
+            raise DataError(
+                f"{self.path}: format {self.index.get('format')}, this version reads {FORMAT_VERSION}; prepare it again"
+            )
+        self.encoding = Encoding(**self.index["encoding"])
+        self.num_tokens: int = self.index["tokens"]
+        self.num_documents: int = self.index["documents"]
+        # Bounded: a corpus of 10,000 shards would exhaust the file table. Per instance: a folder may be made anew.
+        self._open = lru_cache(maxsize=256)(_open)
+        self._token_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])
+        self._document_starts = np.cumsum([0] + [shard["documents"] for shard in self.index["shards"]])
+        self._raise_for(self._misfits(read_bytes=False))
+
+    # -- reading ------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return self.num_tokens
+
+    def __getitem__(self, where: slice) -> Array:
+        """Token ids of a range, [stop - start], in the stored type; a range across shards is joined."""
+        return self._range("tokens", token_dtype(self.encoding.vocab_size), where)
+
+    def mask(self, where: slice) -> Array:
+        """1 on response tokens, 0 elsewhere, uint8 [stop - start]; all ones for plain text."""
+        if not self.has_mask:
+            start, stop, _ = where.indices(self.num_tokens)
+            return np.ones(max(stop - start, 0), dtype=np.uint8)
+        return self._range("mask", np.dtype("u1"), where)
+
+    def document(self, i: int) -> Array:
+        """Token ids of document `i` in input order, with the stored BOS and EOS."""
+        start, stop = self.document_range(i)
+        return self[start:stop]
+
+    def document_range(self, i: int) -> tuple[int, int]:
+        """First token of document `i`, and the one after its last."""
+        if not 0 <= i < self.num_documents:
+            raise IndexError(f"document {i} of {self.num_documents}")
+        shard = int(np.searchsorted(self._document_starts, i, side="right")) - 1
+        offsets = self._file(shard, "offsets", np.dtype("<u8"))
+        local = i - int(self._document_starts[shard])
+        base = int(self._token_starts[shard])
+        return base + int(offsets[local]), base + int(offsets[local + 1])
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether tokens are told apart into prompt and response."""
+        return any(name.endswith(".mask") for shard in self.index["shards"] for name in shard["files"])
+
+    # -- packs --------------------------------------------------------------------------------------------------
+
+    @property
+    def packed_length(self) -> int | None:
+        """Sequence length for which the documents were packed, None where they were not."""
+        packs = self.index["packs"]
+        return packs["sequence_length"] if packs else None
+
+    @property
+    def num_packs(self) -> int:
+        """Number of packs, 0 where the documents were not packed."""
+        packs = self.index["packs"]
+        return packs["packs"] if packs else 0
+
+    @property
+    def num_packed_documents(self) -> int:
+        """Number of documents that are in a pack."""
+        return len(self._pack_files[1]) if self.num_packs else 0
+
+    def pack(self, i: int) -> Array:
+        """The documents of pack `i`."""
+        start, stop = self._pack_files[0][i : i + 2]
+        return self._pack_files[1][int(start) : int(stop)]
+
+    @cached_property
+    def _pack_files(self) -> tuple[Array, Array]:
+        dtype = np.dtype("<u8")
+        return _open(self.path / "packs.offsets", dtype), _open(self.path / "packs.documents", dtype)
+
+    # -- integrity ----------------------------------------------------------------------------------------------
+
+    def verify(self) -> None:
+        """Read every byte and compare checksums. Raises one DataError that names every bad file."""
+        self._raise_for(self._misfits(read_bytes=True))
+
+    def _misfits(self, read_bytes: bool) -> list[str]:
+        """What is wrong with the files, one line each."""
+        files = {name: record for shard in self.index["shards"] for name, record in shard["files"].items()}
+        files.update((self.index["packs"] or {}).get("files", {}))
+        found = []
+        for name, record in files.items():
+            path = self.path / name
+            if not path.exists():
+                found.append(f"{name} is missing")
+            elif path.stat().st_size != record["bytes"]:
+                found.append(f"{name} has {path.stat().st_size} bytes, not {record['bytes']}")
+            elif read_bytes and file_xxh64(path) != record["xxh64"]:
+                found.append(f"{name} has another checksum")
+        return found
+
+    def _raise_for(self, misfits: list[str]) -> None:
+        if misfits:
+            raise DataError(f"{self.path}: damaged: {'; '.join(misfits)}; prepare it again")
+
+    # -- files --------------------------------------------------------------------------------------------------
+
+    def _range(self, kind: str, dtype: np.dtype[Any], where: slice) -> Array:
+        start, stop, step = where.indices(self.num_tokens)
+        if step != 1:
+            raise ValueError("a range of tokens has step 1")
+        first = int(np.searchsorted(self._token_starts, start, side="right")) - 1
+        parts = []
+        for shard in range(first, len(self.index["shards"])):
+            base = int(self._token_starts[shard])
+            if base >= stop:
+                break
+            parts.append(self._file(shard, kind, dtype)[max(start - base, 0) : stop - base])
+        return np.concatenate(parts) if parts else np.empty(0, dtype)
+
+    def _file(self, shard: int, kind: str, dtype: np.dtype[Any]) -> Array:
+        return self._open(self.path / f"{self.index['shards'][shard]['name']}.{kind}", dtype)
+
+
+def _open(path: Path, dtype: np.dtype[Any]) -> Array:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)  # mmap refuses an empty file
+    return np.memmap(path, dtype=dtype, mode="r")
