@@ -1,0 +1,58 @@
+"""One typed configuration tree for every stage.
+
+A stage reads a YAML file, then `section.key=value` overrides, into its class. Unknown keys are errors with a
+suggestion; the resolved tree is saved beside every run.
+"""
+
+from dist_train.config.read import describe, dump_config, load_config, save_config
+from dist_train.config.tree import (
+    LOSS_NAMES,
+    CheckpointSection,
+    DataSection,
+    DistillConfig,
+    DrafterSection,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    LogSection,
+    LossSection,
+    PrepareConfig,
+    PretrainConfig,
+    RunSection,
+    Section,
+    SeedsSection,
+    SourceSection,
+    TargetSection,
+    TaskSection,
+    TokenRateSection,
+    TrainConfig,
+    TrainSection,
+)
+
+__all__ = [
+    "LOSS_NAMES",
+    "CheckpointSection",
+    "DataSection",
+    "DistillConfig",
+    "DrafterSection",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GenerateConfig",
+    "LogSection",
+    "LossSection",
+    "PrepareConfig",
+    "PretrainConfig",
+    "RunSection",
+    "Section",
+    "SeedsSection",
+    "SourceSection",
+    "TargetSection",
+    "TaskSection",
+    "TokenRateSection",
+    "TrainConfig",
+    "TrainSection",
+    "describe",
+    "dump_config",
+    "load_config",
+    "save_config",
+]

@@ -1,0 +1,9 @@
+"""Divergences between drafter and target: a dense reference, and the same without ever holding [tokens, vocabulary]."""
+
+from dist_train.losses.dense import divergence
+from dist_train.losses.head import Head
+from dist_train.losses.linear import linear_divergence
+from dist_train.losses.output import DivergenceOutput
+from dist_train.losses.terms import NAMES
+
+__all__ = ["NAMES", "DivergenceOutput", "Head", "divergence", "linear_divergence"]

@@ -1,0 +1,38 @@
+"""From final hidden states to logits, for every family of causal language models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Head:
+    """An output head: logits = softcap * tanh((hidden @ weight.T + bias) * scale / softcap).
+
+    `weight` [V, D]; `bias` [V] (Phi); `scale` (Cohere, Granite); `softcap` (Gemma 2), None for no cap.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits in fp32 (fp64 for fp64 input), [..., V], of `hidden` [..., D]; the product is in the head's dtype."""
+        raw = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        logits = raw.to(working_dtype(raw)) * self.scale if self.scale != 1.0 else raw.to(working_dtype(raw))
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
+        """The gradient at `hidden @ weight.T + bias` for a gradient at the logits, both [..., V]."""
+        if self.softcap is not None:
+            gradient = gradient * (1 - (logits / self.softcap) ** 2)
+        return gradient * self.scale if self.scale != 1.0 else gradient
+
+
+def working_dtype(values: Tensor) -> torch.dtype:
+    """fp32 from the logits on, fp64 where the input has it."""
+    return torch.float64 if values.dtype == torch.float64 else torch.float32

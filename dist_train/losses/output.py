@@ -1,0 +1,49 @@
+"""What a loss returns, and the statistics that are taken in the same pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dist_train.losses.terms import Distributions
+
+STATISTICS = ("acceptance", "greedy_acceptance", "top1_agreement", "mu")
+
+
+@dataclass(frozen=True)
+class DivergenceOutput:
+    """A loss and what was seen on the way, each a scalar.
+
+    `loss`: sum over unmasked positions / `num_positions` as the caller gave it, differentiable. The others are means
+    over the unmasked positions at hand, without gradient, and nan where there is no target: `acceptance` =
+    sum min(p, q); `greedy_acceptance` = q(argmax p), what a server that drafts greedily accepts; `top1_agreement`;
+    `mu`, TVD++'s mean reward. `positions`: how many are unmasked.
+    """
+
+    loss: Tensor
+    acceptance: Tensor
+    greedy_acceptance: Tensor
+    top1_agreement: Tensor
+    mu: Tensor
+    positions: int
+
+
+def statistics(d: Distributions) -> Tensor:
+    """Sums over N positions of what STATISTICS names, [4], fp64: half a million terms of fp32 would lose digits."""
+    drafted = d.p.argmax(-1, keepdim=True)
+    columns = (
+        d.acceptance,
+        d.q.gather(1, drafted)[:, 0],
+        (drafted[:, 0] == d.q.argmax(-1)).to(d.p.dtype),
+        d.mu,
+    )
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+def make_output(loss: Tensor, sums: Tensor | None, positions: int) -> DivergenceOutput:
+    """From the sums of the statistics (None: no target) to their means."""
+    means = torch.full((len(STATISTICS),), torch.nan) if sums is None else sums / max(positions, 1)
+    acceptance, greedy_acceptance, top1_agreement, mu = means.to(loss.device, loss.dtype).unbind()
+    return DivergenceOutput(loss, acceptance, greedy_acceptance, top1_agreement, mu, positions)

@@ -1,0 +1,214 @@
+"""Who am I: one answer for SLURM, torchrun, MPI and a single process.
+
+A process started by `srun` finds its place in SLURM's variables, one started by torchrun or by `--nproc` in RANK and
+WORLD_SIZE, one started by `mpiexec` in MPI's; anything else is one process. Whatever the source, the variables that
+torch.distributed and DeepSpeed read are set from it, so that neither guesses.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from dist_train.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all: read from the environment, before anything is started."""
+
+    rank: int
+    local_rank: int
+    size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process speaks for all."""
+        return self.rank == 0
+
+
+def find_world(environment: Mapping[str, str] = os.environ) -> World:
+    """Resolve rank, local rank, world size and master.
+
+    Raises UserError when a launcher left out what it must say.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return World(
+            rank=int(environment["RANK"]),
+            local_rank=int(environment.get("LOCAL_RANK", "0")),
+            size=int(environment["WORLD_SIZE"]),
+            master_addr=environment.get("MASTER_ADDR", "127.0.0.1"),
+            master_port=int(environment.get("MASTER_PORT", "29500")),
+            launcher="torchrun",
+        )
+    # A batch script has SLURM_PROCID too; only a step started by srun has SLURM_STEP_NUM_TASKS.
+    if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        return World(
+            rank=int(environment["SLURM_PROCID"]),
+            local_rank=int(environment.get("SLURM_LOCALID", "0")),
+            size=int(environment["SLURM_STEP_NUM_TASKS"]),
+            master_addr=environment.get("MASTER_ADDR") or _first_slurm_host(environment),
+            # Two jobs on one node must not meet: the port is the job's own.
+            master_port=int(environment.get("MASTER_PORT") or 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+            launcher="slurm",
+        )
+    return World(rank=0, local_rank=0, size=1, master_addr="127.0.0.1", master_port=0, launcher="single process")
+
+
+def _first_slurm_host(environment: Mapping[str, str]) -> str:
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    if not any(bracket in nodes for bracket in "[,"):
+        return nodes or "127.0.0.1"
+    try:
+        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(f"cannot tell the first host of {nodes} (scontrol: {error}); set MASTER_ADDR") from error
+    return found.stdout.split()[0]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A started process group: what stages need to know of it."""
+
+    world: World
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        """Index of this process, 0 to world_size - 1."""
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.world.size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what is written once."""
+        return self.world.is_first
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        import torch.distributed as dist
+
+        dist.barrier()
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over all ranks, on every rank; in place."""
+        import torch.distributed as dist
+
+        dist.all_reduce(values)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, in rank order, on every rank."""
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, value)
+        return found
+
+    def first(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        import torch.distributed as dist
+
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def agree(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on rank 0 alone and give all ranks its result, or its UserError.
+
+        An error on one rank would otherwise leave the others waiting at their next collective.
+        """
+        outcome: tuple[Any, str | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (action(), None)
+            except UserError as error:
+                outcome = (None, str(error))
+        result, refusal = self.first(outcome)
+        if refusal is not None:
+            raise UserError(refusal)
+        return result
+
+
+@contextmanager
+def started() -> Iterator[Runtime]:
+    """Start the process group (nccl with CUDA, gloo without) for the length of a `with` block."""
+    world = find_world()
+    port = world.master_port or free_port()
+    os.environ.update(
+        RANK=str(world.rank),
+        LOCAL_RANK=str(world.local_rank),
+        WORLD_SIZE=str(world.size),
+        MASTER_ADDR=world.master_addr,
+        MASTER_PORT=str(port),
+    )
+    import torch
+
+    has_cuda = torch.cuda.is_available()
+    if not has_cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # torchrun and srun leave this to each process; all cores for each of several would fight.
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // local_world_size(world)))
+    device = torch.device("cuda", world.local_rank % torch.cuda.device_count()) if has_cuda else torch.device("cpu")
+    if has_cuda:
+        torch.cuda.set_device(device)
+    import deepspeed
+
+    deepspeed.init_distributed(
+        "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+    )
+    try:
+        yield Runtime(world, device)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def local_world_size(world: World) -> int:
+    """Processes on this node."""
+    for name in ("LOCAL_WORLD_SIZE", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"):
+        # SLURM writes "2(x3)" for two tasks on each of three nodes.
+        if count := os.environ.get(name, "").split("(")[0].split(",")[0]:
+            return int(count)
+    return world.size if world.master_addr in ("127.0.0.1", "localhost", socket.gethostname()) else 1
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_port() -> int:
+    """A TCP port that is free on this host now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, numpy and torch alike on every rank."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
