@@ -45,7 +45,7 @@ def find_files(inputs: str | Sequence[str]) -> list[Path]:
     for entry in [inputs] if isinstance(inputs, str) else inputs:
         path = Path(entry)
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("."))
+            found = sorted(file for file in path.rglob("*") if file.is_file() and file.name[0] not in "._")
         else:
             found = sorted(Path(match) for match in glob.glob(entry, recursive=True))  # noqa: PTH207 - absolute globs
         if not found:

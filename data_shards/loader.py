@@ -130,10 +130,13 @@ class TokenLoader:
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Endless: epochs follow each other, each in its own order."""
-        while True:
-            batches = self.step(self._step)
-            self._step += 1
-            yield batches
+        return self
+
+    def __next__(self) -> list[Batch]:
+        """The next global step's micro-batches of this rank."""
+        batches = self.step(self._step)
+        self._step += 1
+        return batches
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`; does not move the iterator."""

@@ -49,8 +49,8 @@ class Communicator(Protocol):
     rank: int
     size: int
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
+    def allgather(self, value: Any) -> list[Any]:
+        """The value of every rank, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -90,36 +90,41 @@ def prepare(
         "encoding": encoder.encoding.as_json(),
         "sequence_length": sequence_length,
     }
-    comm.barrier()  # every rank looks before rank 0 writes, so that all see the same state
-    finished = _adopt_plan(out, plan, write=comm.rank == 0)
-    comm.barrier()
-    if not finished:
-        _encode_units(out, units, encoder, comm, progress)
-        comm.barrier()
-        if comm.rank == 0:
-            _commit(out, len(units), encoder.encoding, plan)
-        comm.barrier()
+    _together(comm, lambda: _adopt_plan(out, plan) if comm.rank == 0 else None)
+    if not (out / INDEX).exists():
+        _together(comm, lambda: _encode_units(out, units, encoder, comm, progress))
+        _together(comm, lambda: _commit(out, len(units), encoder.encoding, plan) if comm.rank == 0 else None)
     corpus = ShardedTokens(out)
     unpackable = corpus.num_documents - corpus.num_packed_documents if corpus.num_packs else 0
     return PrepareSummary(corpus.num_tokens, corpus.num_documents, len(units), corpus.num_packs, unpackable)
 
 
-def _adopt_plan(out: Path, plan: dict[str, Any], write: bool) -> bool:
-    """Whether the corpus is finished already; starts the folder where there is none yet."""
+def _together(comm: Communicator, action: Callable[[], None]) -> None:
+    """Do this rank's part and wait for the others; if any fails all raise the first failure, and none waits on."""
+    failure = None
+    try:
+        action()
+    except DataError as error:
+        failure = str(error)
+    failures = [text for text in comm.allgather(failure) if text]
+    if failures:
+        raise DataError(failures[0])
+
+
+def _adopt_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Begin the folder, or go on with one that was begun in the same way."""
     if (out / INDEX).exists():
         if ShardedTokens(out).index["provenance"] != plan:
             raise DataError(f"{out}: holds a corpus made from other inputs or settings; remove it or write elsewhere")
-        return True
-    if (out / PLAN).exists():
+    elif (out / PLAN).exists():
         if read_json(out / PLAN) != plan:
             raise DataError(f"{out}: was begun with other inputs or settings; remove it or write elsewhere")
-    elif write:
+    else:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{out}: cannot be made: {error.strerror}; choose another folder") from error
         write_json(out / PLAN, plan)
-    return False
 
 
 def _record_path(out: Path, number: int) -> Path:

@@ -17,12 +17,16 @@ class Progress:
     Silent where `enabled` is false, so that callers need not ask which rank they are.
     """
 
-    def __init__(self, what: str, total: int, unit: str, *, enabled: bool = True, scale: bool = False) -> None:
+    def __init__(
+        self, what: str, total: int, unit: str, *, first: int = 0, enabled: bool = True, scale: bool = False
+    ) -> None:
         self.what, self.total, self.unit, self.enabled = what, total, unit, enabled
-        self.done = 0
+        self.first = self.done = first
         self._began = self._printed = time.monotonic()
         on_terminal = enabled and sys.stderr.isatty()
-        self._bar = tqdm(total=total, desc=what, unit=unit, unit_scale=scale, leave=False) if on_terminal else None
+        self._bar = None
+        if on_terminal:
+            self._bar = tqdm(total=total, initial=first, desc=what, unit=unit, unit_scale=scale, leave=False)
 
     def update(self, done: int, **figures: float | str) -> None:
         """Set the count to `done`."""
@@ -36,7 +40,7 @@ class Progress:
 
     def _print(self, figures: dict[str, float | str]) -> None:
         elapsed = time.monotonic() - self._began
-        left = elapsed / max(self.done, 1) * (self.total - self.done)
+        left = elapsed / max(self.done - self.first, 1) * (self.total - self.done)
         shown = ", ".join(f"{name} {_short(value)}" for name, value in figures.items())
         print(
             f"{self.what}: {self.done / self.total:.0%} ({self.done:,}/{self.total:,} {self.unit}), "

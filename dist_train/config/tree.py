@@ -205,6 +205,8 @@ class PrepareConfig(Section):
     """end each text document with EOS"""
     sequence_length: PositiveInt = 2048
     """tokens per sequence into which conversations are packed"""
+    shard_bytes: PositiveInt = 64 << 20
+    """input bytes of a line file per shard; compressed files and Parquet are one shard each"""
 
 
 class TrainConfig(Section):

@@ -1,0 +1,129 @@
+"""The drafter: a Llama small enough that drafting costs next to nothing, in a form that every server loads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dist_train.errors import UserError
+from dist_train.losses import Head
+from dist_train.run_folder import CHECKPOINTS, LATEST, MODEL
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, PreTrainedModel
+
+    from dist_train.config import DrafterSection
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    # Goel et al. (2024): 115M parameters, 1.64 % of Llama 2 Chat 7B.
+    "llama2-115m": {
+        "hidden_size": 1024,
+        "layers": 4,
+        "heads": 8,
+        "mlp_size": 2816,
+        "max_positions": 4096,
+        "tie_embeddings": False,
+    },
+}
+
+Result = TypeVar("Result")
+
+
+def drafter_config(section: DrafterSection, vocab_size: int, bos_id: int | None, eos_id: int) -> LlamaConfig:
+    """The Hugging Face configuration of a drafter made from scratch.
+
+    `vocab_size` is exactly the target's: servers compare it without tolerance. Raises UserError when the sizes do not
+    fit together.
+    """
+    from transformers import LlamaConfig
+
+    given = {
+        name: value for name, value in section if name in ARCHITECTURES[section.architecture] and value is not None
+    }
+    sizes = {**ARCHITECTURES[section.architecture], **given}
+    if sizes["hidden_size"] % (2 * sizes["heads"]):
+        raise UserError(
+            f"drafter.hidden_size {sizes['hidden_size']} does not give {sizes['heads']} heads of even size; "
+            "change drafter.heads"
+        )
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes["hidden_size"],
+        intermediate_size=sizes["mlp_size"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=section.kv_heads or sizes["heads"],
+        max_position_embeddings=sizes["max_positions"],
+        tie_word_embeddings=sizes["tie_embeddings"],
+        bos_token_id=bos_id,
+        eos_token_id=eos_id,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def new_drafter(config: LlamaConfig, seed: int) -> PreTrainedModel:
+    """A drafter with random weights, in fp32; the same seed gives the same weights on every rank."""
+    from transformers import LlamaForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The drafter in a run folder, a checkpoint or a Hugging Face folder. Raises UserError when there is none."""
+    from transformers import AutoModelForCausalLM
+
+    folder = find_model(path)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no drafter can be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def find_model(path: Path) -> Path:
+    """The Hugging Face folder that a run folder (its newest checkpoint), a checkpoint or such a folder stands for."""
+    latest = path / CHECKPOINTS / LATEST
+    if latest.exists():
+        path = path / CHECKPOINTS / latest.read_text().strip()
+    if (path / MODEL / "config.json").exists():
+        path = path / MODEL
+    if not (path / "config.json").exists():
+        raise UserError(f"{path}: no run, checkpoint or Hugging Face model here")
+    return path
+
+
+class FusedHead(nn.Linear):
+    """A language model's head that hands its weight to a loss where one is given, and else makes logits.
+
+    The loss runs inside this module's forward, where ZeRO-3's hooks have gathered the weight.
+    """
+
+    def forward(self, hidden: Tensor, loss: Callable[[Tensor, Head], Result] | None = None) -> Tensor | Result:
+        """Logits [..., V] of `hidden` [..., D], or what `loss(hidden, head)` returns."""
+        if loss is None:
+            return super().forward(hidden)
+        return loss(hidden, Head(self.weight, self.bias))
+
+
+class TrainableDrafter(nn.Module):
+    """A drafter whose forward pass ends in a loss rather than in logits; what the training engine holds."""
+
+    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> None:
+        super().__init__()
+        head = model.get_output_embeddings()
+        if type(head) is not nn.Linear or getattr(model.config, "final_logit_softcapping", None):
+            raise UserError(f"{model.config.model_type}: a drafter has a plain linear head; warm-start from another")
+        head.__class__ = FusedHead  # the same parameters under the same names, tied ones included
+        if gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.model = model
+
+    def forward(self, input_ids: Tensor, positions: Tensor, loss: Callable[[Tensor, Head], Result]) -> Result:
+        """What `loss(hidden [B, T, D], head)` returns; positions that begin anew keep documents apart."""
+        states = self.model.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+        return self.model.get_output_embeddings()(states.last_hidden_state, loss)

@@ -1,0 +1,1 @@
+"""Evaluation: speculative decoding, block efficiency, memory-bound speed-up, token rate."""

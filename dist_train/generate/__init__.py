@@ -1,0 +1,1 @@
+"""Generation: the target answers seed instructions."""

@@ -1,0 +1,64 @@
+"""The layout of a run folder, readable without torch.
+
+RUN/config.yaml         the resolved configuration
+RUN/metrics.jsonl       one line of figures for each step
+RUN/tensorboard/        the same as curves
+RUN/checkpoints/        see train/checkpoint.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_shards.errors import DataError
+from data_shards.files import file_xxh64, read_json
+
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"
+LATEST = "latest"  # in a run's checkpoint folder: the name of the newest one
+MANIFEST = "manifest.json"
+MODEL = "model"  # in a checkpoint: the drafter as a Hugging Face folder
+
+
+def committed(folder: Path) -> list[Path]:
+    """The committed checkpoints in a run's checkpoint folder, oldest first."""
+    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".tmp")
+
+
+def list_checkpoints(run: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The committed checkpoints of a run with their manifests, oldest first. Raises DataError on a torn manifest."""
+    return [(folder, read_json(folder / MANIFEST)) for folder in committed(run / CHECKPOINTS)]
+
+
+def verify(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, one line each; reads every byte."""
+    try:
+        manifest = read_json(folder / MANIFEST)
+    except DataError as error:
+        return [str(error)]
+    found = []
+    for name, record in manifest["files"].items():
+        path = folder / name
+        if not path.exists():
+            found.append(f"{name} is missing")
+        elif path.stat().st_size != record["bytes"]:
+            found.append(f"{name} has {path.stat().st_size} bytes, not {record['bytes']}")
+        elif file_xxh64(path) != record["xxh64"]:
+            found.append(f"{name} has another checksum")
+    return found
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """The figures of every step of a run, in order; a half-written last line is passed over."""
+    if not (run / METRICS).exists():
+        return []
+    figures = []
+    for line in (run / METRICS).read_text().splitlines():
+        try:
+            figures.append(json.loads(line))
+        except ValueError:
+            break
+    return figures

@@ -1,0 +1,81 @@
+"""What is minimised: a weighted sum of losses, and the statistics that come with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_train.config import LossSection
+from dist_train.losses import Head, linear_divergence
+from dist_train.target import Target
+
+LossFunction = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
+
+STATISTICS = ("acceptance", "greedy_acceptance", "top1_agreement", "mu")
+"""Columns of the statistics that a loss function returns: sums over this rank's unmasked positions."""
+
+
+class Objective:
+    """Loss names and weights, the options of each, and TVD++'s memory of the batch before.
+
+    With `tvdpp_normalize: batch` sigma is a statistic of the global accumulated batch, which no micro-batch knows. It
+    is taken from the step before (and for the first step from a forward pass over its own micro-batches), so that the
+    loss depends neither on the number of ranks nor on the micro-batch size.
+    """
+
+    def __init__(self, terms: dict[str, float], loss: LossSection, target: Target | None) -> None:
+        self.terms, self.target = terms, target
+        self.needs_target = any(name != "ce" for name in terms)
+        self.needs_batch_mu = "tvdpp" in terms and loss.tvdpp_normalize == "batch"
+        self.batch_mu: float | None = None
+        self._chunk_size = loss.chunk_size
+        self._options = {
+            "normalize": loss.tvdpp_normalize,
+            "beta": loss.jsd_beta,
+            "decay": loss.lk_decay,
+            "drafter_temperature": loss.drafter_temperature,
+            "target_temperature": loss.target_temperature,
+        }
+
+    def loss(self, labels: Tensor, mask: Tensor, target_hidden: Tensor | None, num_positions: int) -> LossFunction:
+        """The loss of one micro-batch as a function of the drafter's hidden states and head.
+
+        `labels`, `mask` [B, T], `target_hidden` [B, T, E]; `num_positions` counts the unmasked positions of the whole
+        global batch, so that the sum over micro-batches and ranks is the mean over it. The function returns the loss
+        and, for logging, sums over the unmasked positions, [len(STATISTICS)].
+        """
+
+        def loss_function(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+            output = linear_divergence(
+                self.terms,
+                hidden,
+                head,
+                target_hidden,
+                self.target.head if self.target else None,
+                mask,
+                self._chunk_size,
+                labels=labels,
+                num_positions=num_positions,
+                batch_mu=self.batch_mu,
+                **self._options,
+            )
+            means = torch.stack([getattr(output, name).detach().double() for name in STATISTICS])
+            return output.loss, means * output.positions
+
+        return loss_function
+
+    def observe(self, mu: float) -> None:
+        """Remember the mean reward of the global batch that was just stepped on."""
+        if self.needs_batch_mu:
+            self.batch_mu = mu
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next step's loss depends on."""
+        return {"batch_mu": self.batch_mu}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a saved memory."""
+        self.batch_mu = state["batch_mu"]

@@ -1,0 +1,143 @@
+"""`dist-train pretrain` and `dist-train distill`: from a configuration to a trained drafter."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from data_shards import ShardedTokens, Source, TokenLoader
+from dist_train.config import DistillConfig, TrainConfig, save_config
+from dist_train.drafter import TrainableDrafter, drafter_config, find_model, load_drafter, new_drafter
+from dist_train.errors import UserError
+from dist_train.run_folder import read_metrics
+from dist_train.runtime import Runtime, set_seed, started
+from dist_train.target import Target, check_vocabulary, read_target_config
+from dist_train.tokenizer import Tokenizer, load_tokenizer
+
+
+def check(config: TrainConfig) -> None:
+    """Everything that can be known to be wrong before a process group starts. Raises UserError or DataError."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    for source in config.data.sources:
+        corpus = ShardedTokens(source.path)
+        if corpus.encoding.tokenizer != tokenizer.sha256:
+            raise UserError(f"{source.path}: not made with the tokenizer {config.tokenizer}; prepare it again")
+    if config.target is None and set(config.objective) != {"ce"}:
+        raise UserError(f"objective {config.objective} compares with a target; set target.path, or use {{ce: 1.0}}")
+    vocab_size = _vocab_size(config, tokenizer)
+    if config.drafter.init_from is not None:
+        from transformers import AutoConfig
+
+        found = AutoConfig.from_pretrained(find_model(config.drafter.init_from)).vocab_size
+        if found != vocab_size:
+            raise UserError(f"{config.drafter.init_from}: a vocabulary of {found}, not the {vocab_size} of this run")
+    _check_writable(config.run.dir)
+
+
+def run(config: TrainConfig) -> None:
+    """Train; on every rank. Ends with a checkpoint of the last step, or of the step at which it was told to stop."""
+    check(config)
+    with started() as runtime:
+        set_seed(config.run.seed)
+        training = _build(config, runtime)
+        resumed = training.resume()
+        if config.run.resume == "must" and not resumed:
+            raise UserError(f"{config.run.dir}: nothing to resume: no checkpoint there")
+        if runtime.is_first:
+            save_config(config, config.run.dir / "config.yaml")
+            _introduce(training, resumed)
+        with training.metrics.going_on_from(training.step):
+            finished = training.fit()
+        if runtime.is_first:
+            _conclude(training, finished)
+
+
+def _build(config: TrainConfig, runtime: Runtime) -> Any:
+    """The parts of a run, each from its section of the configuration."""
+    from dist_train.train.checkpoint import Checkpoints
+    from dist_train.train.engine import build_engine
+    from dist_train.train.loop import Training
+    from dist_train.train.metrics import Metrics
+    from dist_train.train.objective import Objective
+
+    tokenizer = load_tokenizer(config.tokenizer)
+    target = Target(config.target, runtime) if config.target else None
+    if config.drafter.init_from is not None:
+        model = load_drafter(config.drafter.init_from)
+    else:
+        shape = drafter_config(config.drafter, _vocab_size(config, tokenizer), tokenizer.bos_id, tokenizer.eos_id)
+        model = new_drafter(shape, config.run.seed)
+    drafter = TrainableDrafter(model, gradient_checkpointing=config.train.gradient_checkpointing)
+    engine = build_engine(drafter, config.train, runtime)
+    loader = TokenLoader(
+        [Source(ShardedTokens(source.path), source.weight) for source in config.data.sources],
+        sequence_length=config.data.sequence_length,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        seed=config.run.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+    )
+    return Training(
+        config=config,
+        runtime=runtime,
+        engine=engine,
+        loader=loader,
+        objective=Objective(config.objective, config.loss, target),
+        checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime),
+        metrics=Metrics(config.run.dir, _name(config), config.train.steps, config.log, runtime),
+    )
+
+
+def _name(config: TrainConfig) -> str:
+    return "distill" if isinstance(config, DistillConfig) else "pretrain"
+
+
+def _vocab_size(config: TrainConfig, tokenizer: Tokenizer) -> int:
+    """The target's, which may be padded beyond the tokenizer's; without a target the tokenizer's."""
+    if config.target is None:
+        return tokenizer.vocab_size
+    vocab_size: int = read_target_config(config.target).vocab_size
+    if vocab_size < tokenizer.vocab_size:
+        check_vocabulary(config.target, tokenizer.vocab_size, config.tokenizer)
+    return vocab_size
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another run.dir") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"{folder}: cannot be written; choose another run.dir")
+
+
+def _introduce(training: Any, resumed: bool) -> None:
+    config, runtime = training.config, training.runtime
+    model = training.engine.module.model
+    print(
+        f"{_name(config)}: drafter of {model.num_parameters() / 1e6:.2f}M parameters, "
+        f"objective {', '.join(f'{weight:g} {loss}' for loss, weight in config.objective.items())}, "
+        f"{runtime.world_size} rank{'s' if runtime.world_size > 1 else ''} on {runtime.device.type}, "
+        f"{config.train.deepspeed}, {config.train.precision}; "
+        + (f"resuming at step {training.step}" if resumed else f"{config.train.steps} steps")
+        + f" of {config.train.global_batch} x {config.data.sequence_length} tokens",
+        flush=True,
+    )
+
+
+def _conclude(training: Any, finished: bool) -> None:
+    config = training.config
+    figures = read_metrics(config.run.dir)
+    last = figures[-1] if figures else {}
+    shown = "".join(
+        f", {label} {last[tag]:.4f}"
+        for label, tag in (("loss", "train/loss"), ("acceptance", "train/acceptance"))
+        if tag in last
+    )
+    how = "finished" if finished else "stopped on request, the same command goes on"
+    print(
+        f"{_name(config)}: {how} at step {training.step}{shown}; {training.tokens:,} tokens; {config.run.dir}",
+        flush=True,
+    )
