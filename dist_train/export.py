@@ -11,6 +11,7 @@ from dist_train.config import ExportConfig, TargetSection
 from dist_train.drafter import find_model, load_drafter
 from dist_train.errors import UserError
 from dist_train.prompts import encode_seeds, read_seeds
+from dist_train.runtime import quiet_libraries
 from dist_train.target import check_vocabulary, load_causal_lm
 from dist_train.tokenizer import Tokenizer, load_tokenizer
 
@@ -33,6 +34,7 @@ def check(config: ExportConfig) -> None:
 def run(config: ExportConfig) -> None:
     """Write the folder, load it back, and with a target and prompts compare assisted with plain generation."""
     check(config)
+    quiet_libraries()
     tokenizer = load_tokenizer(config.tokenizer)
     try:
         shutil.copytree(find_model(config.drafter), config.out, dirs_exist_ok=True)

@@ -39,7 +39,7 @@ def launch(arguments: Sequence[str], processes: int) -> int:
         }
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **place}
         workers.append(_start([sys.executable, "-m", "dist_train", *arguments], environment))
-    return _wait(workers)
+    return _wait(workers, [f"rank {rank}" for rank in range(processes)])
 
 
 def launch_mpi(arguments: Sequence[str], processes: int) -> int:
@@ -49,7 +49,7 @@ def launch_mpi(arguments: Sequence[str], processes: int) -> int:
     if mpiexec is None:
         raise UserError("no mpiexec on this machine; pip install 'dist-train[mpi]', load the site's MPI, or --nproc 1")
     command = [mpiexec, "-n", str(processes), sys.executable, "-m", "dist_train", *arguments]
-    return _wait([_start(command, dict(os.environ))])
+    return _wait([_start(command, dict(os.environ))], ["mpiexec"])
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
@@ -62,7 +62,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
-def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
+def _wait(workers: list[subprocess.Popen[bytes]], names: Sequence[str]) -> int:
     def forward(number: int, _frame: object) -> None:
         for worker in workers:
             if worker.poll() is None:
@@ -77,6 +77,9 @@ def _wait(workers: list[subprocess.Popen[bytes]]) -> int:
             if failed or None not in codes:
                 break
             time.sleep(_POLL_SECONDS)
+        for name, code in zip(names, codes, strict=True):
+            if code and code < 0:
+                print(f"{name} was ended by {signal.Signals(-code).name}; the others are stopped", file=sys.stderr)
         return _shell_code(failed[0]) if failed else 0
     finally:
         _stop(workers)

@@ -7,12 +7,13 @@ torch.distributed and DeepSpeed read are set from it, so that neither guesses.
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,7 @@ def started() -> Iterator[Runtime]:
     )
     import torch
 
+    quiet_libraries()
     has_cuda = torch.cuda.is_available()
     if not has_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -173,14 +175,26 @@ def started() -> Iterator[Runtime]:
         torch.cuda.set_device(device)
     import deepspeed
 
-    deepspeed.init_distributed(
-        "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
-    )
+    with redirect_stdout(io.StringIO()):  # it prints that an operator was built, on every rank
+        deepspeed.init_distributed(
+            "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+        )
     try:
         yield Runtime(world, device)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and deprecation notices off the screen; their warnings stay."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
 
 
 def local_world_size(world: World) -> int:

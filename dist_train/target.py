@@ -104,7 +104,7 @@ class Target:
 
 def _read_head(model: PreTrainedModel) -> Head:
     """The output head, whole on every rank."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     output, config = model.get_output_embeddings(), model.config.get_text_config()
     with GatheredParameters([p for p in output.parameters() if hasattr(p, "ds_id")]):

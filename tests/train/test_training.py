@@ -1,0 +1,279 @@
+"""Training, with real processes: against a plain PyTorch loop, another world size, and an uninterrupted run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SHAPE = [
+    "drafter.hidden_size=16",
+    "drafter.layers=2",
+    "drafter.heads=2",
+    "drafter.mlp_size=32",
+    "drafter.max_positions=256",
+]
+MIXED = "objective={ce: 0.3, tvdpp: 0.7}"
+
+
+def arguments(tiny, out, *more, steps=6):
+    return [
+        f"run.dir={out}",
+        f"tokenizer={tiny.tokenizer}",
+        *SHAPE,
+        f"train.steps={steps}",
+        "train.global_batch=8",
+        "train.micro_batch=2",
+        "train.learning_rate=1e-2",
+        "train.precision=fp32",
+        "train.warmup_steps=2",
+        *more,
+    ]
+
+
+def distillation(tiny, out, *more, **options):
+    target = [f"target.path={tiny.target}", "target.precision=fp32", *tiny.data("chats", "corpus")]
+    return ["distill", *arguments(tiny, out, *target, MIXED, *more, **options)]
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return [line["train/loss"] for line in lines]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = (run / "checkpoints" / "latest").read_text().strip()
+    return load_file(run / "checkpoints" / newest / "model" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def reference(tiny, cli, tmp_path_factory):
+    """An undisturbed distillation by two ranks, with a checkpoint half-way."""
+    out = tmp_path_factory.mktemp("reference") / "run"
+    cli(*distillation(tiny, out, "checkpoint.every=3"), "--nproc", 2)
+    return out
+
+
+def test_a_run_is_a_plain_pytorch_loop(tiny, cli, tmp_path):
+    """Cross-entropy, AdamW with two groups, clipping, warm-up and cosine, written out with torch alone."""
+    cli("pretrain", *arguments(tiny, tmp_path / "run", *tiny.data("corpus"), "train.gradient_clip=0.5"))
+
+    from dist_train.config import DrafterSection
+    from dist_train.drafter import drafter_config, new_drafter
+
+    section = DrafterSection(hidden_size=16, layers=2, heads=2, mlp_size=32, max_positions=256)
+    model = new_drafter(drafter_config(section, tiny.vocab_size, 1, 2), seed=0)
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim == 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    tokens = np.fromfile(tiny.corpus / "shard-00000.tokens", dtype="<u2").astype(np.int64)
+    count = (len(tokens) - 1) // 32
+
+    from data_shards import GlobalOrder
+
+    expected = []
+    for step in range(6):
+        rate = 1e-2 * (step + 1) / 2 if step < 2 else 1e-3 + 9e-3 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 4))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        picked = GlobalOrder(count, 0 * 1_000_003 + 1)[np.arange(step * 8, step * 8 + 8)]
+        rows = torch.tensor(np.stack([tokens[i * 32 : i * 32 + 33] for i in picked]))
+        logits = model(rows[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        expected.append(loss.item())
+    assert losses(tmp_path / "run") == pytest.approx(expected, rel=1e-5)
+    for name, weight in weights(tmp_path / "run").items():
+        assert torch.allclose(weight, model.state_dict()[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("normalize", ["position", "batch"])
+def test_one_rank_and_two_ranks_take_the_same_steps(tiny, cli, tmp_path, normalize):
+    runs = []
+    for ranks, micro_batch in ((1, 4), (2, 2)):
+        runs.append(tmp_path / str(ranks))
+        options = (f"loss.tvdpp_normalize={normalize}", f"train.micro_batch={micro_batch}")
+        cli(*distillation(tiny, runs[-1], *options), "--nproc", ranks)
+    assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
+    for name, weight in weights(runs[0]).items():
+        assert torch.allclose(weight, weights(runs[1])[name], atol=1e-4), name
+
+
+SHARDINGS = ["train.deepspeed=zero0", "train.deepspeed=zero2", "train.deepspeed=zero3", "target.sharding=zero3"]
+
+
+@pytest.mark.parametrize("option", SHARDINGS)
+def test_every_sharding_gives_the_same_losses(tiny, cli, tmp_path, reference, option):
+    cli(*distillation(tiny, tmp_path / "run", option), "--nproc", 2)
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=1e-5)
+    for name, weight in weights(tmp_path / "run").items():
+        assert torch.allclose(weight, weights(reference)[name], atol=1e-4), name
+
+
+def half_way(reference: Path, out: Path) -> None:
+    """The reference as a kill after its first checkpoint would have left it."""
+    shutil.copytree(reference, out)
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    (out / "checkpoints" / "latest").write_text("step-00000003\n")
+
+
+def test_resuming_is_as_if_nothing_had_happened(tiny, cli, tmp_path, reference):
+    half_way(reference, tmp_path / "run")
+    done = cli(*distillation(tiny, tmp_path / "run", "checkpoint.every=3"), "--nproc", 2, "--resume")
+    assert "resuming at step 3" in done.stdout
+    assert losses(tmp_path / "run") == losses(reference)
+    for name, weight in weights(tmp_path / "run").items():
+        assert torch.equal(weight, weights(reference)[name]), name
+
+
+def test_a_torn_newest_checkpoint_is_passed_over_loudly(tiny, cli, tmp_path, reference):
+    shutil.copytree(reference, tmp_path / "run")
+    torn = next((tmp_path / "run" / "checkpoints" / "step-00000006" / "deepspeed").rglob("*optim_states.pt"))
+    torn.write_bytes(torn.read_bytes()[:-100])
+    listed = cli("checkpoint", "verify", tmp_path / "run", expect=1)
+    assert torn.name in listed.stdout
+    done = cli(*distillation(tiny, tmp_path / "run", "checkpoint.every=3"), "--nproc", 2)
+    assert torn.name in done.stderr
+    assert "going back to the one before" in done.stderr
+    assert losses(tmp_path / "run") == losses(reference)
+
+
+def test_sigterm_saves_at_a_step_boundary_and_the_same_command_goes_on(tiny, cli, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    cli(*distillation(tiny, whole, steps=40), "--nproc", 2)
+    command = [sys.executable, "-m", "dist_train", *distillation(tiny, stopped, steps=40), "--nproc", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    while not (stopped / "metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert running.poll() is None
+    time.sleep(0.3)
+    running.send_signal(signal.SIGTERM)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 0
+    assert "stopped on request" in output
+    assert len(losses(stopped)) < 40
+    cli(*distillation(tiny, stopped, steps=40), "--nproc", 2)
+    assert losses(stopped) == losses(whole)
+
+
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny, cli, tmp_path):
+    kill_and_resume(tiny, cli, tmp_path, kills=2)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+def test_thirty_kills(tiny, cli, tmp_path):
+    kill_and_resume(tiny, cli, tmp_path, kills=30)
+
+
+def kill_and_resume(tiny, cli, tmp_path, kills):
+    """SIGKILL to the launcher alone: its ranks die with it; the same command resumes."""
+    import random
+
+    drawn = random.Random(0)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = {"steps": 30 * kills}
+    cli(*distillation(tiny, whole, "checkpoint.every=5", **options), "--nproc", 2, timeout=900)
+    command = [sys.executable, "-m", "dist_train", *distillation(tiny, killed, "checkpoint.every=5", **options)]
+    for _ in range(kills):
+        running = subprocess.Popen([*command, "--nproc", "2"], stdout=subprocess.PIPE, text=True)
+        for line in running.stdout:  # its first line comes when training begins
+            if "drafter of" in line:
+                break
+        time.sleep(drawn.random() * 1.5)
+        running.kill()
+        running.wait()
+    cli(*distillation(tiny, killed, "checkpoint.every=5", **options), "--nproc", 2, timeout=900)
+    assert losses(killed) == losses(whole)
+    for name, weight in weights(killed).items():
+        assert torch.equal(weight, weights(whole)[name]), name
+
+
+def test_a_dead_rank_ends_the_others(tiny, tmp_path):
+    command = [sys.executable, "-m", "dist_train", *distillation(tiny, tmp_path / "run", steps=100_000), "--nproc", "2"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.05)
+        assert running.poll() is None
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    _, complaint = running.communicate(timeout=60)
+    assert running.returncode not in (0, None)
+    assert "rank 1 was ended by SIGKILL" in complaint
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+# -- bad input --------------------------------------------------------------------------------------------------
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tiny, cli, tmp_path):
+    good = distillation(tiny, tmp_path / "run")
+    cases = [
+        ([*good, "train.leraning_rate=1"], "unknown key train.leraning_rate; did you mean train.learning_rate?"),
+        ([*good, "objective={tvdp: 1}"], "no loss 'tvdp'; did you mean tvd"),
+        ([*good, "data.sources=[{path: /nowhere}]"], "/nowhere: no prepared corpus here"),
+        ([*good, "data.sequence_length=64"], "packed for sequences of 32, not 64"),
+        ([*good, "target.path=/nowhere"], "/nowhere: no target model"),
+        ([*good, "tokenizer=/nowhere"], "/nowhere: no such tokenizer file or folder"),
+        ([*good, "train.global_batch=7"], "train.global_batch 7 is not a multiple"),
+        ([*good, "train.deepspeed=zero9"], "no zero9.json in ds_configs; there are zero0"),
+        ([*good, "--resume"], "nothing to resume"),
+        ([*good, "train.learning_rate=1e30", "train.warmup_steps=0"], "lower train.learning_rate"),
+        (["pretrain", *good[1:], "target=null"], "compares with a target; set target.path"),
+        (["distill", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+    ]
+    for command, message in cases:
+        done = cli(*command, expect=2)
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+def test_a_drafter_of_another_vocabulary_is_refused(tiny, cli, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=384, **shape)).save_pretrained(tmp_path / "other")
+    done = cli(*distillation(tiny, tmp_path / "run", f"drafter.init_from={tmp_path / 'other'}"), expect=2)
+    assert "a vocabulary of 384, not the 320 of this run" in done.stderr
+
+
+def test_another_world_size_is_refused_with_the_way_out(tiny, cli, tmp_path, reference):
+    shutil.copytree(reference, tmp_path / "run")
+    done = cli(*distillation(tiny, tmp_path / "run"), expect=2)
+    assert "made by 2 ranks under ZeRO 1, this run has 1" in done.stderr
+    assert "drafter.init_from=" in done.stderr
+
+
+def test_warm_start_begins_from_the_weights_of_another_run(tiny, cli, tmp_path, reference):
+    cli(*distillation(tiny, tmp_path / "run", f"drafter.init_from={reference}", "train.learning_rate=1e-12", steps=1))
+    for name, weight in weights(tmp_path / "run").items():
+        assert torch.allclose(weight, weights(reference)[name], atol=1e-6), name
+
+
+def test_tensorboard_has_every_step_once(reference):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(reference / "tensorboard"))
+    events.Reload()
+    assert {"train/loss", "train/acceptance", "train/lr", "perf/tokens_per_s", "progress/tokens"} <= set(
+        events.Tags()["scalars"]
+    )
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(reference), rel=1e-6)
