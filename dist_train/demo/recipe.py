@@ -5,21 +5,35 @@ method's effect. A tenth of the steps of anything real; the report says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 SEQUENCE_LENGTH = 256
 VOCAB_SIZE = 2048
 LOSSES = ("kld", "tvd", "tvdpp")
 
-TARGET_SHAPE = {"hidden_size": 256, "layers": 3, "heads": 4, "mlp_size": 688, "max_positions": 1024}
-DRAFTER_SHAPE = {"hidden_size": 64, "layers": 1, "heads": 2, "mlp_size": 176, "max_positions": 1024}
+TARGET_SHAPE: dict[str, Any] = {"hidden_size": 256, "layers": 3, "heads": 4, "mlp_size": 688, "max_positions": 1024}
+DRAFTER_SHAPE: dict[str, Any] = {"hidden_size": 64, "layers": 1, "heads": 2, "mlp_size": 176, "max_positions": 1024}
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps and sizes of a demo; `scale` shortens every training for a smoke test."""
+    """Steps and sizes of a demo on `processes` ranks; `scale` shortens every training for a smoke test."""
 
     scale: float = 1.0
+    processes: int = 2
+
+    @property
+    def precision(self) -> str:
+        """bf16 where the hardware multiplies it; elsewhere it would be slower than fp32."""
+        import torch
+
+        if torch.cuda.is_available():
+            return "bf16"
+        flags = _CPUINFO.read_text() if _CPUINFO.exists() else ""
+        return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
     def steps(self, full: int) -> int:
         """Optimizer steps of a training that has `full` of them at scale 1."""
@@ -31,23 +45,24 @@ class Recipe:
 
     def target(self) -> dict[str, Any]:
         """The `train` section of the target's training."""
-        return self._train(self.steps(600), 3e-3)
+        return self._train(self.steps(450), 3e-3)
 
     def drafter(self) -> dict[str, Any]:
         """The `train` section of the drafter's pretraining."""
-        return self._train(self.steps(900), 6e-3)
+        return self._train(self.steps(700), 6e-3)
 
     def distillation(self) -> dict[str, Any]:
         """The `train` section of one distillation."""
-        return self._train(self.steps(350), 3e-3)
+        return self._train(self.steps(250), 3e-3)
 
     def _train(self, steps: int, learning_rate: float) -> dict[str, Any]:
+        micro_batch = max(1, 16 // self.processes)
         return {
             "steps": steps,
-            "global_batch": 16,
-            "micro_batch": 8,
+            "global_batch": micro_batch * self.processes,
+            "micro_batch": micro_batch,
             "learning_rate": learning_rate,
             "warmup_steps": steps // 20,
-            "precision": "bf16",
+            "precision": self.precision,
             "deepspeed": "zero1",
         }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_train.losses.head import working_dtype
 from dist_train.losses.output import DivergenceOutput, make_output, statistics
-from dist_train.losses.terms import Distributions, Options, advantage_deviation, distributions, needs_target, parse
+from dist_train.losses.terms import Distributions, Options, advantage_deviation, needs_target, parse
 
 
 def divergence(
@@ -38,10 +38,10 @@ def divergence(
     if target_logits is None:
         if needs_target(terms):
             raise ValueError(f"{', '.join(terms)}: a divergence needs the target's logits")
-        y = torch.zeros_like(z)
+        y = None
     else:
         y = target_logits.detach().reshape(-1, vocab)[keep].to(z.dtype) / settings.target_temperature
-    d = distributions(z, y, None if labels is None else labels.reshape(-1)[keep])
+    d = Distributions(z, y, None if labels is None else labels.reshape(-1)[keep])
     rows = torch.stack([weight * _value(term, d, settings) for term, weight in terms.items()]).sum(0)
     count = len(rows) if num_positions is None else num_positions
     sums = None if target_logits is None else statistics(d)
@@ -50,6 +50,10 @@ def divergence(
 
 def _value(term: str, d: Distributions, options: Options) -> Tensor:
     """The loss at each position, [N], written so that autograd finds the gradient that `terms` gives in closed form."""
+    if term == "ce":
+        if d.labels is None:
+            raise ValueError("ce needs labels")
+        return -d.log_p.gather(1, d.labels[:, None])[:, 0]
     # Entries masked out of the vocabulary have probability 0 and log-probability -inf; 0 * -inf must be 0.
     log_p = d.log_p.masked_fill(d.p == 0, 0)
     log_q = d.log_q.masked_fill(d.q == 0, 0)
@@ -68,12 +72,8 @@ def _value(term: str, d: Distributions, options: Options) -> Tensor:
             return 1 - acceptance
         case "tvdpp":
             return (1 - acceptance) / advantage_deviation(d.mu, options).detach()
-        case "lk":
+        case _:
             if options.decay is None:
                 return -torch.log(acceptance.clamp_min(torch.finfo(acceptance.dtype).tiny))
             weight = torch.exp(-options.decay * acceptance.detach())
             return weight * _value("kld", d, options) + (1 - weight) * (1 - acceptance)
-        case _:
-            if d.labels is None:
-                raise ValueError("ce needs labels")
-            return -d.log_p.gather(1, d.labels[:, None])[:, 0]

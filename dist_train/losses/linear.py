@@ -15,9 +15,12 @@ from torch import Tensor
 
 from dist_train.losses.head import Head, working_dtype
 from dist_train.losses.output import STATISTICS, DivergenceOutput, make_output, statistics
-from dist_train.losses.terms import TERMS, Distributions, Options, distributions, needs_target, parse
+from dist_train.losses.terms import TERMS, Distributions, Options, needs_target, parse
 
-_CHUNK_BYTES = 32 << 20  # of one fp32 logit tensor of a chunk; about eight like it are alive
+# Elements of a chunk's logits, of which about eight tensors are alive: on a CPU they should fit its cache, on a GPU
+# fill it. Fewer rows than these would leave the heads' products waiting for the weight to be read.
+_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
+_LEAST_ROWS = {"cpu": 128, "cuda": 1024}
 
 
 def linear_divergence(
@@ -56,7 +59,7 @@ def linear_divergence(
         hidden=hidden.detach(),
         target_hidden=None if target_hidden is None else _rows(target_hidden, keep).detach(),
         labels=None if labels is None else _rows(labels[..., None], keep)[:, 0],
-        size=chunk_size or max(64, _CHUNK_BYTES // 4 // drafter.weight.shape[0]),
+        size=chunk_size or _chunk_rows(drafter.weight),
     )
     if "tvdpp" in terms and settings.normalize == "batch" and settings.batch_mu is None:
         chunks.options = Options(**{**options, "batch_mu": chunks.mean_mu()})
@@ -68,6 +71,11 @@ def _rows(values: Tensor, keep: Tensor | None) -> Tensor:
     """[..., D] as [N, D], of the kept positions; masked ones are never multiplied with a head."""
     flat = values.reshape(-1, values.shape[-1])
     return flat if keep is None else flat.index_select(0, keep)
+
+
+def _chunk_rows(weight: Tensor) -> int:
+    kind = "cpu" if weight.device.type == "cpu" else "cuda"
+    return max(_LEAST_ROWS[kind], _CHUNK_ELEMENTS[kind] // weight.shape[0])
 
 
 class _Chunks:
@@ -94,18 +102,23 @@ class _Chunks:
         for first in range(0, len(self.hidden), self.size):
             rows = slice(first, first + self.size)
             logits = self.drafter.logits(self.hidden[rows])
-            z = logits / self.options.drafter_temperature
+            z = _heated(logits, self.options.drafter_temperature)
             if self.target is None or self.target_hidden is None:
-                y = torch.zeros((), dtype=z.dtype, device=z.device).expand_as(z)
+                y = None
             else:
-                y = self.target.logits(self.target_hidden[rows]).to(z.dtype) / self.options.target_temperature
-            yield rows, logits, distributions(z, y, None if self.labels is None else self.labels[rows])
+                y = self.target.logits(self.target_hidden[rows]).to(z.dtype)
+                y = _heated(y, self.options.target_temperature)
+            yield rows, logits, Distributions(z, y, None if self.labels is None else self.labels[rows])
 
     @torch.no_grad()
     def mean_mu(self) -> Tensor:
         """TVD++'s mean reward over the rows."""
         total = sum((d.mu.double().sum() for _, _, d in self), torch.zeros((), dtype=torch.float64))
         return total / max(len(self.hidden), 1)
+
+
+def _heated(logits: Tensor, temperature: float) -> Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -124,12 +137,13 @@ class _LinearDivergence(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=hidden.device)
         for rows, logits, d in chunks:
-            gradient = torch.zeros_like(d.p)
+            gradient = torch.zeros(())
             for term, factor in chunks.terms.items():
                 value, term_gradient = TERMS[term](d, chunks.options)
                 loss += factor * value.double().sum()
-                gradient.add_(term_gradient, alpha=factor / count / chunks.options.drafter_temperature)
-            sums += statistics(d)
+                gradient = term_gradient.mul_(factor / count / chunks.options.drafter_temperature).add_(gradient)
+            if d.has_target:
+                sums += statistics(d)
             if wanted:
                 raw = chunks.drafter.raw_gradient(gradient, logits).to(weight.dtype)
                 ctx.hidden_gradient[rows] = raw @ weight

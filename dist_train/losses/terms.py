@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,21 +35,53 @@ class Options:
     target_temperature: float = 1.0
 
 
-class Distributions(NamedTuple):
-    """Both distributions at N positions and what every loss needs of them.
+class Distributions:
+    """Both distributions at N positions and what the losses need of them, each taken when first asked for.
 
-    `p`, `q`, `log_p`, `log_q`: [N, V]; `reward` = 1[q > p] as p's type, [N, V]; `mu` = sum(p * reward), [N];
-    `acceptance` = sum(min(p, q)), [N]; `labels`: the tokens that came next, [N], or None.
+    Made from drafter logits `z` and target logits `y` (None where no loss compares), both [N, V], after their
+    temperatures; `labels`: the tokens that came next, [N], or None.
     """
 
-    p: Tensor
-    log_p: Tensor
-    q: Tensor
-    log_q: Tensor
-    reward: Tensor
-    mu: Tensor
-    acceptance: Tensor
-    labels: Tensor | None
+    def __init__(self, z: Tensor, y: Tensor | None, labels: Tensor | None) -> None:
+        self._z, self._y, self.labels = z, y, labels
+        self.has_target = y is not None
+
+    @cached_property
+    def log_p(self) -> Tensor:
+        """The drafter's log-probabilities, [N, V]."""
+        return torch.log_softmax(self._z, -1)
+
+    @cached_property
+    def p(self) -> Tensor:
+        """The drafter's probabilities, [N, V]."""
+        return self.log_p.exp()
+
+    @cached_property
+    def log_q(self) -> Tensor:
+        """The target's log-probabilities, [N, V]."""
+        if self._y is None:
+            raise ValueError("a divergence needs the target")
+        return torch.log_softmax(self._y, -1)
+
+    @cached_property
+    def q(self) -> Tensor:
+        """The target's probabilities, [N, V]."""
+        return self.log_q.exp()
+
+    @cached_property
+    def reward(self) -> Tensor:
+        """TVD's reward r = 1[q > p], [N, V]."""
+        return (self.q > self.p).to(self.p.dtype)
+
+    @cached_property
+    def mu(self) -> Tensor:
+        """The drafter's expected reward, sum p r, [N]."""
+        return (self.p * self.reward).sum(-1)
+
+    @cached_property
+    def acceptance(self) -> Tensor:
+        """Probability that a drafted token is accepted, sum min(p, q), [N]."""
+        return torch.minimum(self.p, self.q).sum(-1)
 
 
 Term = Callable[[Distributions, Options], tuple[Tensor, Tensor]]
@@ -66,14 +99,6 @@ def parse(name: str | Mapping[str, float]) -> dict[str, float]:
 def needs_target(terms: Mapping[str, float]) -> bool:
     """Whether any of the losses compares with the target."""
     return any(term != "ce" for term in terms)
-
-
-def distributions(z: Tensor, y: Tensor, labels: Tensor | None) -> Distributions:
-    """From drafter logits `z` and target logits `y`, both [N, V], after their temperatures."""
-    log_p, log_q = torch.log_softmax(z, -1), torch.log_softmax(y, -1)
-    p, q = log_p.exp(), log_q.exp()
-    reward = (q > p).to(p.dtype)
-    return Distributions(p, log_p, q, log_q, reward, (p * reward).sum(-1), torch.minimum(p, q).sum(-1), labels)
 
 
 def through_softmax(p: Tensor, g: Tensor) -> Tensor:

@@ -1,0 +1,1 @@
+"""The whole method at small scale, from nothing but an installation."""

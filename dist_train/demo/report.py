@@ -1,0 +1,119 @@
+"""The demo's report: one self-contained page, and the same as Markdown."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data_shards.files import read_json, write_atomically
+from dist_train.demo.recipe import LOSSES
+from dist_train.evaluate.plots import COLOURS, accepted_length_histogram, as_svg, block_efficiency_bars, style
+from dist_train.evaluate.tables import results_markdown, results_tables
+from dist_train.run_folder import read_metrics
+from dist_train.runtime import cores
+
+TASK = "held-out"
+CAUTION = (
+    "This is a demonstration at small scale: a target of a few million parameters, a corpus of documentation strings, "
+    "minutes of training. It shows that every part of the method works and in which direction alignment moves block "
+    "efficiency; its figures say nothing about drafters for real models."
+)
+
+
+def write_report(out: Path, seconds: dict[str, float]) -> None:
+    """Write `report.html` and `report.md` into `out` from what the steps left there; `seconds` of each step."""
+    results = read_json(out / "evaluation" / "results.json")
+    facts = {
+        "caution": CAUTION,
+        "findings": findings(results),
+        "figures": {
+            "Block efficiency on held-out prompts, with 95 % bootstrap intervals": block_efficiency_bars(results, TASK),
+            "How many drafted tokens were accepted": accepted_length_histogram(results, TASK, 0.0),
+            "Training": _curves(out),
+        },
+        "tables": results_tables(results),
+        "machine": f"{platform.machine()}, {cores()} cores, Python {platform.python_version()}, "
+        + ", ".join(f"{package} {version(package)}" for package in ("torch", "deepspeed", "transformers")),
+        "steps": [(name, f"{spent:.0f} s") for name, spent in seconds.items()],
+        "total": f"{sum(seconds.values()) / 60:.1f} minutes",
+        "target": results["target"],
+        "drafters": results["drafters"],
+        "tensorboard": out / "runs",
+        "out": out,
+    }
+    write_atomically(out / "report.html", [_render("report.html", facts).encode()])
+    write_atomically(out / "report.md", [_markdown(facts, results).encode()])
+
+
+def findings(results: dict[str, Any]) -> list[str]:
+    """What the figures say, each sentence backed by an interval."""
+    base = results["base"]
+    sentences = []
+    for loss in LOSSES:
+        rows = [row for row in results["rows"] if row["drafter"] == loss]
+        above = [row for row in rows if row["difference"]["low"] > 0]
+        below = [row for row in rows if row["difference"]["high"] < 0]
+        best = max(rows, key=lambda row: row["difference"]["value"])
+        gain = best["difference"]
+        sentences.append(
+            f"{loss}: above {base} by more than the interval in {len(above)} of {len(rows)} conditions"
+            + (f", below it in {len(below)}" if below else "")
+            + f"; most at gamma {best['gamma']}, T {best['temperature']:g}: "
+            f"{best['block_efficiency']['value']:.2f} tokens per target call, "
+            f"{gain['value']:+.2f} [{gain['low']:.2f}, {gain['high']:.2f}]."
+        )
+    intervals = [
+        (row["block_efficiency"]["low"], row["block_efficiency"]["high"])
+        for row in results["rows"]
+        if row["drafter"] in LOSSES and (row["gamma"], row["temperature"]) == (3, 0.0)
+    ]
+    if max(low for low, _ in intervals) <= min(high for _, high in intervals):
+        sentences.append(
+            "At this scale the three losses are not told apart: their intervals overlap (gamma 3, greedy)."
+        )
+    return sentences
+
+
+def _curves(out: Path) -> str:
+    """Loss of target and base drafter over steps; acceptance of the three distillations."""
+    import matplotlib.pyplot as plt
+
+    with style():
+        figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2))
+        for name, colour in (("target", "#222222"), ("base", COLOURS[0])):
+            steps, values = _series(out / "runs" / name, "train/loss")
+            if steps:
+                left.plot(steps, values, color=colour, label=name, linewidth=1.2)
+        left.set(xlabel="step", ylabel="cross-entropy", title="pretraining")
+        left.legend()
+        for place, loss in enumerate(LOSSES, start=1):
+            steps, values = _series(out / "runs" / loss, "train/acceptance")
+            right.plot(steps, values, color=COLOURS[place], label=loss, linewidth=1.2)
+        right.set(xlabel="step", ylabel="acceptance, Σ min(p, q)", title="distillation")
+        right.legend()
+        return as_svg(figure)
+
+
+def _series(run: Path, tag: str) -> tuple[list[float], list[float]]:
+    """Steps and values, averaged over ten neighbours: single batches of this size are mostly noise."""
+    points = [(line["step"], line[tag]) for line in read_metrics(run) if tag in line]
+    groups = [points[first : first + 10] for first in range(0, len(points), 10)]
+    steps = [group[-1][0] for group in groups]
+    return steps, [sum(value for _, value in group) / len(group) for group in groups]
+
+
+def _markdown(facts: dict[str, Any], results: dict[str, Any]) -> str:
+    lines = ["# dist-train demo", "", f"> {CAUTION}", "", *(f"- {sentence}" for sentence in facts["findings"]), ""]
+    lines += [results_markdown(results), f"Steps ({facts['total']}; {facts['machine']}):", ""]
+    lines += [f"- {name}: {spent}" for name, spent in facts["steps"]]
+    lines += ["", f"TensorBoard: `tensorboard --logdir {facts['tensorboard']}`", ""]
+    return "\n".join(lines)
+
+
+def _render(template: str, facts: dict[str, Any]) -> str:
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
+    return environment.get_template(template).render(facts)
