@@ -1,0 +1,181 @@
+"""`dist-train evaluate`, `generate` and `export` as users start them."""
+
+from __future__ import annotations
+
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sentencepiece
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_shards import ShardedTokens
+from data_shards.files import read_json
+
+
+def evaluation(tiny, out, *more):
+    return [
+        "evaluate",
+        f"target.path={tiny.target}",
+        "target.precision=fp32",
+        f"drafters={{base: {tiny.drafter}, itself: {tiny.target}}}",
+        f"tasks=[{{name: chat, inputs: {tiny.chat_lines}, limit: 10}}]",
+        f"out={out}",
+        "max_new_tokens=12",
+        "batch_size=4",
+        "gammas=[2, 3]",
+        "token_rate.prompts=2",
+        "token_rate.repeats=1",
+        *more,
+    ]
+
+
+def test_counts_do_not_depend_on_the_number_of_ranks(tiny, cli, tmp_path):
+    for ranks in (1, 2):
+        cli(*evaluation(tiny, tmp_path / str(ranks)), "--nproc", ranks)
+    one, two = (read_json(tmp_path / str(ranks) / "results.json") for ranks in (1, 2))
+    assert one["rows"] == two["rows"]
+    for row in one["rows"]:
+        if row["drafter"] == "itself" and row["temperature"] == 0:
+            # The target drafting for itself is always right: only the ends of texts cut blocks short.
+            assert row["accepted_histogram"][-1] >= 0.6 * row["target_calls"]
+            assert row["block_efficiency"]["value"] > 0.8 * (row["gamma"] + 1)
+    rates = {(row["drafter"], row["gamma"]) for row in one["token_rate"]}
+    assert rates == {(None, 0)} | {(name, gamma) for name in ("base", "itself") for gamma in (2, 3)}
+    assert "| chat | base" in (tmp_path / "1" / "results.md").read_text()
+
+
+def test_evaluation_goes_on_with_missing_units_and_refuses_another_plan(tiny, cli, tmp_path):
+    cli(*evaluation(tiny, tmp_path / "out"))
+    before = read_json(tmp_path / "out" / "results.json")["rows"]
+    units = sorted((tmp_path / "out" / "units").glob("unit-*.json"))
+    untouched, missing = units[0].stat().st_mtime_ns, units[3]
+    missing.unlink()
+    cli(*evaluation(tiny, tmp_path / "out"))
+    assert units[0].stat().st_mtime_ns == untouched
+    assert read_json(tmp_path / "out" / "results.json")["rows"] == before
+    done = cli(*evaluation(tiny, tmp_path / "out", "seed=1"), expect=2)
+    assert "holds work begun with another seed" in done.stderr
+
+
+def generation(tiny, out, *more):
+    return [
+        "generate",
+        f"target.path={tiny.target}",
+        "target.precision=fp32",
+        f"seeds.inputs={tiny.chat_lines}",
+        "seeds.limit=10",
+        "temperatures=[0, 1.0]",
+        "max_new_tokens=12",
+        "batch_size=4",
+        f"out={out}",
+        *more,
+    ]
+
+
+def answers(folder):
+    return pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("unit-*.parquet"))).to_pylist()
+
+
+def test_answers_do_not_depend_on_ranks_or_on_a_kill(tiny, cli, tmp_path):
+    for ranks in (1, 2):
+        cli(*generation(tiny, tmp_path / str(ranks)), "--nproc", ranks)
+    whole = answers(tmp_path / "1")
+    assert answers(tmp_path / "2") == whole
+    assert [(row["seed"], row["temperature"]) for row in whole] == [(i, t) for t in (0.0, 1.0) for i in range(10)]
+    sorted((tmp_path / "1").glob("unit-*.parquet"))[2].unlink()
+    cli(*generation(tiny, tmp_path / "1"))
+    assert answers(tmp_path / "1") == whole
+
+
+def test_greedy_answers_are_the_targets_own_and_texts_are_their_ids(tiny, cli, tmp_path):
+    cli(*generation(tiny, tmp_path / "out", "temperatures=[0]"))
+    model = AutoModelForCausalLM.from_pretrained(tiny.target)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.target)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny.tokenizer / "tokenizer.model"))
+    prompts = [json.loads(line)["prompt"] for line in tiny.chat_lines.read_text().splitlines()[:10]]
+    for row, prompt in zip(answers(tmp_path / "out"), prompts, strict=True):
+        chat = [{"role": "user", "content": prompt}]
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+        assert row["prompt_ids"] == ids
+        expected = model.generate(
+            torch.tensor([ids]), max_new_tokens=12, do_sample=False, pad_token_id=2, eos_token_id=2
+        )
+        expected = expected[0, len(ids) :].tolist()
+        assert row["response_ids"] == expected
+        assert row["finish_reason"] == ("stop" if expected[-1] == 2 else "length")
+        assert row["response"] == reference.decode(expected)
+
+
+def test_answers_are_packed_as_they_were_sampled(tiny, cli, tmp_path):
+    cli(*generation(tiny, tmp_path / "out"))
+    cli(
+        "prepare",
+        f"inputs={tmp_path / 'out'}",
+        "format=chat",
+        f"tokenizer={tiny.tokenizer}",
+        f"out={tmp_path / 'packed'}",
+        "sequence_length=64",
+    )
+    corpus = ShardedTokens(tmp_path / "packed")
+    rows = answers(tmp_path / "out")
+    assert [corpus.document(i).tolist() for i in range(corpus.num_documents)] == [
+        row["prompt_ids"] + row["response_ids"] for row in rows
+    ]
+
+
+def test_an_exported_drafter_is_loaded_and_encodes_as_sentencepiece(tiny, cli, tmp_path):
+    done = cli(
+        "export",
+        f"drafter={tiny.drafter}",
+        f"tokenizer={tiny.tokenizer}",
+        f"out={tmp_path / 'out'}",
+        f"target.path={tiny.target}",
+        "target.precision=fp32",
+        f"prompts={{inputs: {tiny.chat_lines}, limit: 3}}",
+    )
+    assert "gives the target's own greedy output on 3 prompts" in done.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.architectures == ["LlamaForCausalLM"]
+    assert model.config.vocab_size == tiny.vocab_size
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny.tokenizer / "tokenizer.model"))
+    for text in ("two  spaces", " leading", "a\nb", "naïve 日本 🙂", "the model reads"):
+        assert tokenizer(text).input_ids == [1, *reference.encode(text)]
+        assert tokenizer.decode(reference.encode(text)) == text
+
+
+def test_mistakes_are_one_line(tiny, cli, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=384, **shape)).save_pretrained(tmp_path / "other")
+    cases = [
+        (evaluation(tiny, tmp_path / "out", "drafters={x: /nowhere}"), "/nowhere: no run, checkpoint or Hugging Face"),
+        (evaluation(tiny, tmp_path / "out", f"drafters={{x: {tmp_path / 'other'}}}"), "a vocabulary of 384"),
+        (evaluation(tiny, tmp_path / "out", "tasks=[{name: a, inputs: /nowhere}]"), "/nowhere: no such input file"),
+        (evaluation(tiny, tmp_path / "out", "tasks.0.prompt_field=question"), "no prompt in 'question'"),
+        (generation(tiny, tmp_path / "out", "target.path=/nowhere"), "/nowhere"),
+        (
+            ["export", f"drafter={tmp_path / 'other'}", f"tokenizer={tiny.tokenizer}", f"out={tmp_path / 'out'}",
+             f"target.path={tiny.target}"],
+            "the target's vocabulary has 320 entries",
+        ),
+    ]  # fmt: skip
+    for command, message in cases:
+        done = cli(*command, expect=2)
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+
+
+@pytest.mark.parametrize("special", ["</s>", "<s>", "[/INST]"])
+def test_special_tokens_in_a_users_text_stay_text(tiny, special):
+    from dist_train.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tiny.tokenizer)
+    ids = tokenizer.encode_prompt([{"role": "user", "content": f"say {special} now"}])
+    assert ids == [1, *tokenizer.encode(f"[INST] say {special} now [/INST]")]
+    assert 2 not in ids
+    assert ids.count(1) == 1
