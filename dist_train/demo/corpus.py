@@ -31,9 +31,7 @@ from numpy.typing import NDArray
 from data_shards.files import file_xxh64, read_json, write_atomically, write_json
 
 Progress = Callable[[int, int, str], None]  # files read so far, how many there are, the package at hand
-
 _FILES = ("train.jsonl", "heldout.jsonl", "seeds.train.jsonl", "seeds.heldout.jsonl")
-
 STDLIB = "stdlib"  # stands for the whole standard library
 
 # What a plain installation of the dependencies brings, in the order in which it is read: of two near-duplicates the
@@ -46,8 +44,8 @@ PACKAGES = (
     *("psutil", "tqdm", "anyio", "filelock", "dill", "absl", "grpc", "einops", "tokenizers", "mpi4py"),
 )
 
-# Tests say little in prose and vendored copies say what their originals say. The internals of torch and the models of
-# transformers are four tenths of all source and hold a tenth of the text.
+# Tests say little in prose, and vendored copies what their originals say. The internals of torch and the models of
+# transformers are more than a third of all source, for a seventh of the text.
 _SKIPPED = re.compile(
     r"(^|/)(tests?|testing/_internal|_vendor|idlelib|lib2to3|turtledemo)/|(^|/)(test_\w+|conftest)\.py$"
     r"|^torch/_|^transformers/models/"
@@ -58,16 +56,14 @@ _UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 
 _MIN_DOCUMENT_CHARS = 40
 _MIN_ANSWER_CHARS = 60
-
 _HELDOUT_ONE_IN = 20  # groups of modules
 _SHINGLE_WORDS = 8
 _MAX_SEEN = 0.5  # share of a document's shingles that documents before it, in its split, may have had
 _MAX_SEEN_IN_TRAIN = 0.2  # share of a held-out document's shingles that the training split may have
 
 # UTF-8 bytes to those of words and spaces: letters in lower case, digits, underscores, all that is not ASCII.
-_TO_WORDS = bytes(b if b >= 128 or chr(b).isalnum() or b == 95 else 32 for b in bytes(range(256)).lower())
+_TO_WORDS = bytes(b if b >= 128 or chr(b).isalnum() or b == ord("_") else 32 for b in bytes(range(256)).lower())
 _WEIGHTS = np.array([pow(0x9E3779B97F4A7C15, i, 1 << 64) for i in range(_SHINGLE_WORDS)], dtype=np.uint64)
-
 _QUESTIONS = (
     "What does the {kind} `{name}` do?",
     "What is the {kind} `{name}` for?",
@@ -198,8 +194,7 @@ def _find_sources(package: str) -> Iterator[_Source]:
 
 
 def _find_roots(package: str) -> list[Path]:
-    if package == STDLIB:
-        # By name, because other packages may be installed below the same folder.
+    if package == STDLIB:  # by name, because other packages may be installed below the same folder
         names = [Path(sysconfig.get_path("stdlib"), name) for name in sorted(sys.stdlib_module_names)]
         return [path if path.is_dir() else path.with_suffix(".py") for path in names]
     spec = find_spec(package)  # would import only what is before a dot
@@ -338,8 +333,7 @@ def _pairs(documents: Iterable[_Document], max_answer_chars: int) -> list[dict[s
     pairs: dict[str, dict[str, str]] = {}
     for document in documents:
         name, answer = document.name, _answer(document.text, max_answer_chars)
-        is_public = not re.search(r"(^|\.)_", name)
-        if is_public and len(answer) >= _MIN_ANSWER_CHARS:
+        if not re.search(r"(^|\.)_", name) and len(answer) >= _MIN_ANSWER_CHARS:
             question = _QUESTIONS[xxhash.xxh64_intdigest(name.encode()) % len(_QUESTIONS)]
             prompt = question.format(kind=document.kind, name=name)
             pairs.setdefault(name, {"prompt": prompt, "response": answer, "name": name})

@@ -165,7 +165,7 @@ class Demo:
             from dist_train.progress import Progress
 
             with Progress("corpus", 100, "%") as bar:
-                stats = build_corpus(folder, progress=lambda done, total: bar.update(round(100 * done / total)))
+                stats = build_corpus(folder, progress=lambda done, total, _: bar.update(round(100 * done / total)))
             print(f"corpus: {stats}", flush=True)
         if self.seeds is not None:
             counts = split_seeds(self.seeds, folder)

@@ -1,0 +1,90 @@
+"""The command line: fast help with examples, and one line for every mistake."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+
+import pytest
+
+COMMANDS = ["demo", "tokenizer", "prepare", "pretrain", "generate", "distill", "evaluate", "export", "checkpoint"]
+
+
+@pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS), ["tokenizer", "train"], ["tokenizer", "check"]])
+def test_help_comes_within_two_seconds_and_has_an_example(cli, command):
+    began = time.monotonic()
+    done = cli(*command, "--help")
+    assert time.monotonic() - began < 2
+    assert f"example: dist-train {' '.join(command)}" in done.stdout or not command
+
+
+def test_every_command_is_listed_and_none_is_a_stub(cli):
+    listed = re.findall(r"^    (\w+)", cli("--help").stdout, re.MULTILINE)
+    assert set(COMMANDS) <= set(listed)
+
+
+def test_help_of_a_stage_lists_every_key_of_its_configuration(cli):
+    shown = cli("distill", "--help").stdout
+    for key in ("run.dir", "target.path", "loss.tvdpp_normalize=position", "train.learning_rate=", "checkpoint.every="):
+        assert key in shown
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_importing_the_command_line_imports_no_torch(command):
+    import subprocess
+
+    code = (
+        "import sys, contextlib, io\nfrom dist_train.cli import main\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        f"    main([{command!r}, '--help'])\n"
+        "print([name for name in ('torch', 'deepspeed', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["nonsense"], "invalid choice: 'nonsense'"),
+        (["demo", "--nproc", "0"], "argument --nproc: '0' processes; it takes at least 1"),
+        (["demo", "--nproc", "two"], "argument --nproc: 'two' processes"),
+        (["demo", "--scale", "0"], "--scale 0.0: a share of the training steps, above 0"),
+        (["demo", "--out", "/proc/nowhere"], "--out /proc/nowhere: cannot be written"),
+        (["demo", "--corpus", "/nowhere.jsonl"], "/nowhere.jsonl: no such input file"),
+        (["demo", "--target", "/nowhere"], "/nowhere: no such tokenizer file or folder"),
+        (["distill", "train.leraning_rate=1"], "unknown key train.leraning_rate; did you mean train.learning_rate?"),
+        (["pretrain", "--nporc", "2"], "unknown arguments: --nporc"),
+        (["pretrain", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
+        (["pretrain", "--nproc", "0"], "it takes at least 1"),
+        (["checkpoint", "ls", "/nowhere"], "/nowhere: no checkpoint here"),
+        (["tokenizer", "check", "/nowhere", "/elsewhere"], "/nowhere: no such tokenizer"),
+        (["tokenizer", "train", "/nowhere", "--out", "x"], "/nowhere: no such input file"),
+    ],
+)
+def test_a_mistake_is_one_line_without_traceback_and_exit_code_2(cli, command, message):
+    done = cli(*command, expect=2)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+
+
+def test_an_empty_corpus_is_refused_by_name(cli, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    done = cli("demo", "--out", tmp_path / "out", "--corpus", tmp_path / "empty.jsonl", expect=2)
+    assert done.stderr == f"dist-train demo: --corpus {tmp_path / 'empty.jsonl'}: the file is empty\n"
+
+
+def test_overrides_may_stand_after_options(cli, tiny, tmp_path):
+    done = cli("prepare", "inputs=a", "--dry-run", f"tokenizer={tiny.tokenizer}", "out=b")
+    assert f"tokenizer: {tiny.tokenizer}" in done.stdout
+
+
+def test_dry_run_prints_the_resolved_configuration_which_reads_back(cli, tmp_path):
+    words = ["run.dir=x", "tokenizer=t", "data.sources=[{path: a}]", "train.steps=7"]
+    shown = cli("pretrain", *words, "--dry-run").stdout
+    assert "steps: 7" in shown
+    assert "learning_rate: 0.0003" in shown
+    (tmp_path / "again.yaml").write_text(shown)
+    assert cli("pretrain", tmp_path / "again.yaml", "--dry-run").stdout == shown
