@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_shards.errors import DataError
 from dist_train import __version__
@@ -154,6 +154,7 @@ def _parser() -> _Parser:
     _add_tokenizer(commands)
     for stage in STAGES:
         _add_stage(commands, stage)
+    _add_submit(commands)
     _add_checkpoint(commands)
     return parser
 
@@ -198,15 +199,20 @@ def _add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
     parser.set_defaults(stage=stage)
 
 
+def _load(stage: Stage, words: Sequence[str]) -> Any:
+    """The configuration that a file, if the first word is one, and overrides give."""
+    from dist_train.config import load_config
+
+    named = words[:1] if words and "=" not in words[0] else []
+    return load_config(stage.config_class, Path(named[0]) if named else None, words[len(named) :])
+
+
 def _run_stage(options: argparse.Namespace) -> int:
-    from dist_train.config import dump_config, load_config
+    from dist_train.config import dump_config
 
     stage: Stage = options.stage
-    words = list(options.words)
-    path = Path(words.pop(0)) if words and "=" not in words[0] else None
-    if getattr(options, "resume", False):
-        words.append("run.resume=must")
-    config = load_config(stage.config_class, path, words)
+    words = [*options.words, *(["run.resume=must"] if getattr(options, "resume", False) else [])]
+    config = _load(stage, words)
     module = importlib.import_module(stage.module)
     if options.dry_run:
         print(dump_config(config), end="")
@@ -216,10 +222,52 @@ def _run_stage(options: argparse.Namespace) -> int:
         from dist_train.launch import launch, launch_mpi
 
         module.check(config)
-        arguments = [stage.name, *([str(path)] if path else []), *words]
-        return (launch_mpi if stage.mpi else launch)(arguments, options.nproc)
+        return (launch_mpi if stage.mpi else launch)([stage.name, *words], options.nproc)
     module.run(config)
     return 0
+
+
+# -- SLURM ------------------------------------------------------------------------------------------------------
+
+
+def _add_submit(commands: argparse._SubParsersAction) -> None:
+    parser = _add(
+        commands,
+        "submit",
+        "run a stage on SLURM, through the templates of slurm/",
+        "dist-train submit distill distill.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00",
+        _run_submit,
+    )
+    parser.add_argument("stage", choices=[stage.name for stage in STAGES if stage.name != "export"])
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="as for the stage itself")
+    parser.add_argument("--nodes", type=_processes, default=1, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="one task each; 0: a cluster without GPUs")
+    parser.add_argument("--tasks-per-node", type=_processes, metavar="T", help="instead of one a GPU")
+    parser.add_argument("--time", help="as sbatch takes it; the job saves, requeues and goes on when it is over")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--after", metavar="JOB", help="start when these jobs (12:13) ended well")
+    parser.add_argument("--env", type=Path, metavar="FILE", help="the site's own version of slurm/env.sh")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
+
+
+def _run_submit(options: argparse.Namespace) -> None:
+    from dist_train import slurm
+
+    stage = next(stage for stage in STAGES if stage.name == options.stage)
+    resources = slurm.Resources(
+        **{field: getattr(options, field) for field in slurm.Resources.__dataclass_fields__}
+    )
+    command = slurm.sbatch_command(stage.name, options.words, resources)
+    environment = slurm.job_environment(options.env)
+    config = _load(stage, options.words)
+    if options.after is None:  # else its inputs may not be made yet
+        importlib.import_module(stage.module).check(config)
+    if options.dry_run:
+        print(slurm.describe(command, environment), end="")
+        return
+    job = slurm.submit(command, environment)
+    print(f"submitted {stage.name} as job {job}; squeue -j {job}; log {stage.name}-{job}.log")
 
 
 # -- demo -------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import random
+import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
@@ -72,14 +73,18 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
 
 
 def _first_slurm_host(environment: Mapping[str, str]) -> str:
+    """The address under which SLURM itself reaches the first node of the step."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
-    if not any(bracket in nodes for bracket in "[,"):
-        return nodes or "127.0.0.1"
+    first = _scontrol("show", "hostnames", nodes).split()[0]
+    address = re.search(r"NodeAddr=(\S+)", _scontrol("show", "node", first))
+    return address[1] if address else first
+
+
+def _scontrol(*arguments: str) -> str:
     try:
-        found = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UserError(f"cannot tell the first host of {nodes} (scontrol: {error}); set MASTER_ADDR") from error
-    return found.stdout.split()[0]
+        raise UserError(f"scontrol {' '.join(arguments)} does not answer ({error}); set MASTER_ADDR") from error
 
 
 @dataclass(frozen=True)

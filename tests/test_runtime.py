@@ -13,7 +13,8 @@ SRUN = {
     "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
     "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_STEP_NODELIST": "gpu7",
+    "SLURM_STEP_NODELIST": "gpu[7-8]",
+    "MASTER_ADDR": "gpu7",  # else scontrol is asked, see tests/slurm
 }
 
 
@@ -45,7 +46,7 @@ def test_nothing_set_is_one_process():
     assert find_world({}).size == 1
 
 
-def test_a_node_list_that_cannot_be_expanded_names_the_way_out(monkeypatch):
+def test_a_silent_scontrol_names_the_way_out(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="set MASTER_ADDR"):
-        find_world({**SRUN, "SLURM_STEP_NODELIST": "gpu[3-7]"})
+        find_world({**SRUN, "MASTER_ADDR": ""})

@@ -18,7 +18,8 @@ TASK = "held-out"
 CAUTION = (
     "This is a demonstration at small scale: a target of a few million parameters, a corpus of documentation strings, "
     "minutes of training. It shows that every part of the method works and in which direction alignment moves block "
-    "efficiency; its figures say nothing about drafters for real models."
+    "efficiency; its figures say nothing about drafters for real models. Intervals are over prompts: each drafter was "
+    "trained once, and another seed would move its bar as well."
 )
 
 
@@ -34,6 +35,7 @@ def write_report(out: Path, seconds: dict[str, float]) -> None:
             "Training": _curves(out),
         },
         "tables": results_tables(results),
+        "samples": _samples(out),
         "machine": f"{platform.machine()}, {cores()} cores, Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in ("torch", "deepspeed", "transformers")),
         "steps": [(name, f"{spent:.0f} s") for name, spent in seconds.items()],
@@ -76,6 +78,15 @@ def findings(results: dict[str, Any]) -> list[str]:
     return sentences
 
 
+def _samples(out: Path, count: int = 3) -> list[tuple[str, str]]:
+    """A few instructions and the target's greedy answers: what the drafters learn to guess."""
+    import pyarrow.dataset as ds
+
+    answers = ds.dataset(out / "answers", format="parquet")
+    greedy = answers.head(count, columns=["prompt", "response"], filter=ds.field("temperature") == 0).to_pylist()
+    return [(answer["prompt"], answer["response"]) for answer in greedy]
+
+
 def _curves(out: Path) -> str:
     """Loss of target and base drafter over steps; acceptance of the three distillations."""
     import matplotlib.pyplot as plt
@@ -106,7 +117,10 @@ def _series(run: Path, tag: str) -> tuple[list[float], list[float]]:
 
 def _markdown(facts: dict[str, Any], results: dict[str, Any]) -> str:
     lines = ["# dist-train demo", "", f"> {CAUTION}", "", *(f"- {sentence}" for sentence in facts["findings"]), ""]
-    lines += [results_markdown(results), f"Steps ({facts['total']}; {facts['machine']}):", ""]
+    lines += [results_markdown(results), "What the target says, greedily:", ""]
+    for prompt, response in facts["samples"]:
+        lines += [f"> **{prompt}**", ">", *(f"> {line}".rstrip() for line in response.splitlines()), ""]
+    lines += [f"Steps ({facts['total']}; {facts['machine']}):", ""]
     lines += [f"- {name}: {spent}" for name, spent in facts["steps"]]
     lines += ["", f"TensorBoard: `tensorboard --logdir {facts['tensorboard']}`", ""]
     return "\n".join(lines)

@@ -62,7 +62,8 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
     from dist_train.train.objective import Objective
 
     tokenizer = load_tokenizer(config.tokenizer)
-    target = Target(config.target, runtime) if config.target else None
+    # Cross-entropy alone takes nothing of the target but the size of its vocabulary.
+    target = Target(config.target, runtime) if config.target and set(config.objective) != {"ce"} else None
     if config.drafter.init_from is not None:
         model = load_drafter(config.drafter.init_from)
     else:

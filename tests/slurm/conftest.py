@@ -1,0 +1,184 @@
+"""A real SLURM of two nodes on this machine: munged, slurmctld and two slurmd from Debian's packages.
+
+Everything is in a temporary folder and on private ports, and is ended by PID.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from dist_train.runtime import free_port
+
+BINARIES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
+SBIN = "/usr/sbin"
+
+CONFIGURATION = """\
+ClusterName=tests
+SlurmctldHost={host}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket
+CredType=cred/munge
+SlurmctldPort={controller_port}
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdPidFile={root}/%n.pid
+SlurmdLogFile={root}/%n.log
+SlurmdSpoolDir={root}/spool-%n
+StateSaveLocation={root}/state
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+MpiDefault=none
+ReturnToService=2
+JobRequeue=1
+KillWait=5
+SlurmctldTimeout=30
+SlurmdTimeout=30
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+GresTypes=gpu
+{nodes}
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+"""
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:2 State=UNKNOWN"
+FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running SLURM; `environment` makes the commands talk to it."""
+
+    root: Path
+    environment: dict[str, str]
+
+    def run(self, *command: object, cwd: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run a command of SLURM's, or any other, in the cluster's environment."""
+        words = [str(word) for word in command]
+        done = subprocess.run(words, capture_output=True, text=True, env=self.environment, cwd=cwd, timeout=300)
+        assert done.returncode == expect, f"{words}: {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    def show(self, job: str) -> dict[str, str]:
+        """What SLURM knows of a job: JobState, Restarts, ExitCode, ..."""
+        words = self.run("scontrol", "show", "job", job).stdout.split()
+        return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def wait(self, job: str, log: Path, timeout: float = 240) -> dict[str, str]:
+        """Wait for the end of a job. A requeued job is let start at once: SLURM would hold it for two minutes."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            known = self.show(job)
+            if known["JobState"] in FINISHED:
+                return known
+            if known["JobState"] == "PENDING" and known["Restarts"] != "0":
+                self.hurry(job)
+            time.sleep(0.3)
+        said = log.read_text() if log.exists() else "no log"
+        raise AssertionError(f"job {job} is still {known['JobState']} ({known.get('Reason')}) after {timeout} s\n{said}")
+
+    def hurry(self, job: str) -> None:
+        """Let a requeued job start now; refused while it is being cleaned up, and asked again by the caller."""
+        command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+        subprocess.run(command, capture_output=True, env=self.environment, timeout=60)
+
+
+@pytest.fixture(scope="session")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The cluster, or a skip that names what is missing."""
+    path = f"{os.environ['PATH']}:{SBIN}"
+    missing = [name for name in BINARIES if shutil.which(name, path=path) is None]
+    if missing:
+        pytest.skip(f"no {', '.join(missing)} here: apt-get install slurm-wlm munge")
+    if os.geteuid() != 0:
+        pytest.skip("slurmd starts jobs only as root")
+    root = tmp_path_factory.mktemp("slurm")
+    root.chmod(0o755)
+    environment = {
+        **os.environ,
+        # The README's way: the virtual environment is active, so its python and mpi4py are found first.
+        "PATH": f"{Path(sys.executable).parent}:{path}",
+        "VIRTUAL_ENV": str(Path(sys.executable).parent.parent),
+        "SLURM_CONF": str(root / "slurm.conf"),
+        "OMP_NUM_THREADS": "1",
+        "USER": os.environ.get("USER", "root"),
+    }
+    daemons: list[subprocess.Popen[bytes]] = []
+    try:
+        _start_daemons(root, environment, daemons)
+        yield Cluster(root, environment)
+    finally:
+        for daemon in reversed(daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in daemons:
+            try:
+                daemon.wait(20)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+
+def _start_daemons(root: Path, environment: dict[str, str], daemons: list[subprocess.Popen[bytes]]) -> None:
+    host = socket.gethostname().split(".")[0]
+    (root / "munge.key").write_bytes(os.urandom(128))
+    (root / "munge.key").chmod(0o400)
+    (root / "state").mkdir()
+    nodes = [
+        NODE.format(name=name, host=host, port=free_port(), cpus=os.cpu_count() or 1) for name in ("n1", "n2")
+    ]
+    (root / "slurm.conf").write_text(
+        CONFIGURATION.format(
+            root=root, host=f"{host}(127.0.0.1)", user="root", controller_port=free_port(), nodes="\n".join(nodes)
+        )
+    )
+    (root / "gres.conf").write_text("NodeName=n[1-2] Name=gpu Count=2\n")
+
+    def start(*command: str) -> None:
+        with (root / f"{command[0]}.out").open("ab") as out:
+            daemons.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+
+    start(
+        "munged",
+        "--foreground",
+        "--force",
+        *(f"--{name}={root / file}" for name, file in MUNGE_FILES.items()),
+    )
+    _until("munged answers", lambda: (root / "munge.socket").exists(), root)
+    start("slurmctld", "-D")
+    for name in ("n1", "n2"):
+        start("slurmd", "-D", "-N", name)
+
+    def idle() -> bool:
+        told = subprocess.run(["sinfo", "-h", "-o", "%T %D"], capture_output=True, text=True, env=environment)
+        return told.stdout.strip() == "idle 2"
+
+    _until("both nodes are idle", idle, root)
+
+
+MUNGE_FILES = {
+    "socket": "munge.socket",
+    "key-file": "munge.key",
+    "pid-file": "munged.pid",
+    "log-file": "munged.log",
+    "seed-file": "munged.seed",
+}
+
+
+def _until(what: str, true: object, root: Path, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        if time.monotonic() > deadline:
+            said = "\n".join(f"== {log.name}\n{log.read_text()[-2000:]}" for log in root.glob("*.log"))
+            raise AssertionError(f"after {seconds} s not true: {what}\n{said}")
+        time.sleep(0.2)
