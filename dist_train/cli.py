@@ -35,7 +35,7 @@ class Stage:
     config: str
     example: str
     mpi: bool = False
-    resumable: bool = False
+    trains: bool = False
 
     @property
     def config_class(self) -> type[Section]:
@@ -60,7 +60,7 @@ STAGES = (
         "dist_train.train.stage",
         "PretrainConfig",
         "dist-train pretrain pretrain.yaml train.learning_rate=3e-4 --nproc 8",
-        resumable=True,
+        trains=True,
     ),
     Stage(
         "generate",
@@ -75,7 +75,7 @@ STAGES = (
         "dist_train.train.stage",
         "DistillConfig",
         "dist-train distill distill.yaml objective='{tvdpp: 1.0}' --nproc 8",
-        resumable=True,
+        trains=True,
     ),
     Stage(
         "evaluate",
@@ -192,8 +192,8 @@ def _add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
         help="a configuration file, then overrides; overrides alone will do",
     )
     parser.add_argument("--nproc", type=_processes, metavar="N", help="start N processes on this machine")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and the world; stop")
-    if stage.resumable:
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, world and memory estimate; stop")
+    if stage.trains:
         parser.add_argument("--resume", action="store_true", help="an error if there is nothing to resume")
     parser.stage = stage
     parser.set_defaults(stage=stage)
@@ -215,8 +215,13 @@ def _run_stage(options: argparse.Namespace) -> int:
     config = _load(stage, words)
     module = importlib.import_module(stage.module)
     if options.dry_run:
+        processes = options.nproc or find_world().size
         print(dump_config(config), end="")
-        print(f"# world: {options.nproc or find_world().size} process(es)")
+        print(f"# world: {processes} process(es)")
+        if stage.trains:
+            estimate = module.memory(config, processes)
+            print(f"# memory, estimated: {sum(estimate.values()):.2f} GiB a rank")
+            print("".join(f"#   {kind}: {amount:.2f}\n" for kind, amount in estimate.items()), end="")
         return 0
     if options.nproc and options.nproc > 1:
         from dist_train.launch import launch, launch_mpi

@@ -59,7 +59,7 @@ def linear_divergence(
         hidden=hidden.detach(),
         target_hidden=None if target_hidden is None else _rows(target_hidden, keep).detach(),
         labels=None if labels is None else _rows(labels[..., None], keep)[:, 0],
-        size=chunk_size or _chunk_rows(drafter.weight),
+        size=chunk_size or chunk_rows(drafter.weight.shape[0], drafter.weight.device.type != "cpu"),
     )
     if "tvdpp" in terms and settings.normalize == "batch" and settings.batch_mu is None:
         chunks.options = Options(**{**options, "batch_mu": chunks.mean_mu()})
@@ -73,9 +73,10 @@ def _rows(values: Tensor, keep: Tensor | None) -> Tensor:
     return flat if keep is None else flat.index_select(0, keep)
 
 
-def _chunk_rows(weight: Tensor) -> int:
-    kind = "cpu" if weight.device.type == "cpu" else "cuda"
-    return max(_LEAST_ROWS[kind], _CHUNK_ELEMENTS[kind] // weight.shape[0])
+def chunk_rows(vocab_size: int, on_gpu: bool) -> int:
+    """Rows of logits alive at once where none are asked for."""
+    kind = "cuda" if on_gpu else "cpu"
+    return max(_LEAST_ROWS[kind], _CHUNK_ELEMENTS[kind] // vocab_size)
 
 
 class _Chunks:

@@ -53,6 +53,17 @@ def run(config: TrainConfig) -> None:
             _conclude(training, finished)
 
 
+def memory(config: TrainConfig, world_size: int) -> dict[str, float]:
+    """GiB that each rank of `world_size` will need, by kind. Raises UserError or DataError on bad input."""
+    from transformers import AutoConfig
+
+    from dist_train.train.memory import memory_estimate
+
+    warm = config.drafter.init_from
+    shape = AutoConfig.from_pretrained(find_model(warm)) if warm else _shape(config, load_tokenizer(config.tokenizer))
+    return memory_estimate(config, shape, world_size)
+
+
 def _build(config: TrainConfig, runtime: Runtime) -> Any:
     """The parts of a run, each from its section of the configuration."""
     from dist_train.train.checkpoint import Checkpoints
@@ -67,8 +78,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
     if config.drafter.init_from is not None:
         model = load_drafter(config.drafter.init_from)
     else:
-        shape = drafter_config(config.drafter, _vocab_size(config, tokenizer), tokenizer.bos_id, tokenizer.eos_id)
-        model = new_drafter(shape, config.run.seed)
+        model = new_drafter(_shape(config, tokenizer), config.run.seed)
     drafter = TrainableDrafter(model, gradient_checkpointing=config.train.gradient_checkpointing)
     engine = build_engine(drafter, config.train, runtime)
     loader = TokenLoader(
@@ -89,6 +99,11 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
         checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime),
         metrics=Metrics(config.run.dir, _name(config), config.train.steps, config.log, runtime),
     )
+
+
+def _shape(config: TrainConfig, tokenizer: Tokenizer) -> Any:
+    """The Hugging Face configuration of a drafter made from scratch."""
+    return drafter_config(config.drafter, _vocab_size(config, tokenizer), tokenizer.bos_id, tokenizer.eos_id)
 
 
 def _name(config: TrainConfig) -> str:
