@@ -33,6 +33,21 @@ def cli():
     return run
 
 
+@pytest.fixture
+def refused(capfd):
+    """`refused("distill", "typo=1")` is the one line of a command that ends with 2 before any process starts."""
+    from dist_train.cli import main
+
+    def run(*arguments):
+        capfd.readouterr()
+        assert main([str(argument) for argument in arguments]) == 2
+        complaint = capfd.readouterr().err
+        assert complaint.count("\n") == 1, complaint
+        return complaint
+
+    return run
+
+
 @dataclass(frozen=True)
 class TinyWorld:
     """Folders and files of the tiny world."""

@@ -39,9 +39,9 @@ class Recipe:
         """Optimizer steps of a training that has `full` of them at scale 1."""
         return max(4, round(full * self.scale))
 
-    def count(self, full: int) -> int:
+    def count(self, full: int, least: int = 8) -> int:
         """Seeds or prompts, `full` at scale 1."""
-        return max(8, round(full * self.scale))
+        return max(least, round(full * self.scale))
 
     def target(self) -> dict[str, Any]:
         """The `train` section of the target's training."""

@@ -286,6 +286,7 @@ class Demo:
             ],
             "max_new_tokens": 64,
             "batch_size": 32,
+            "token_rate": {"prompts": self.recipe.count(8, least=1)},
             "out": str(self.out / "evaluation"),
         }
         self.stage("evaluate", "evaluate", config)

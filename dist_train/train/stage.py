@@ -10,7 +10,7 @@ from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.drafter import TrainableDrafter, drafter_config, find_model, load_drafter, new_drafter
 from dist_train.errors import UserError
-from dist_train.run_folder import read_metrics
+from dist_train.run_folder import list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
 from dist_train.target import Target, check_vocabulary, read_target_config
 from dist_train.tokenizer import Tokenizer, load_tokenizer
@@ -18,6 +18,8 @@ from dist_train.tokenizer import Tokenizer, load_tokenizer
 
 def check(config: TrainConfig) -> None:
     """Everything that can be known to be wrong before a process group starts. Raises UserError or DataError."""
+    from dist_train.train.engine import deepspeed_config
+
     tokenizer = load_tokenizer(config.tokenizer)
     for source in config.data.sources:
         corpus = ShardedTokens(source.path)
@@ -32,6 +34,10 @@ def check(config: TrainConfig) -> None:
         found = AutoConfig.from_pretrained(find_model(config.drafter.init_from)).vocab_size
         if found != vocab_size:
             raise UserError(f"{config.drafter.init_from}: a vocabulary of {found}, not the {vocab_size} of this run")
+    deepspeed_config(config.train, world_size=1)
+    _loader(config, rank=0, world_size=1)
+    if config.run.resume == "must" and not list_checkpoints(config.run.dir):
+        raise UserError(f"{config.run.dir}: nothing to resume: no checkpoint there")
     _check_writable(config.run.dir)
 
 
@@ -42,8 +48,6 @@ def run(config: TrainConfig) -> None:
         set_seed(config.run.seed)
         training = _build(config, runtime)
         resumed = training.resume()
-        if config.run.resume == "must" and not resumed:
-            raise UserError(f"{config.run.dir}: nothing to resume: no checkpoint there")
         if runtime.is_first:
             save_config(config, config.run.dir / "config.yaml")
             _introduce(training, resumed)
@@ -81,23 +85,26 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
         model = new_drafter(_shape(config, tokenizer), config.run.seed)
     drafter = TrainableDrafter(model, gradient_checkpointing=config.train.gradient_checkpointing)
     engine = build_engine(drafter, config.train, runtime)
-    loader = TokenLoader(
+    return Training(
+        config=config,
+        runtime=runtime,
+        engine=engine,
+        loader=_loader(config, runtime.rank, runtime.world_size),
+        objective=Objective(config.objective, config.loss, target),
+        checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime),
+        metrics=Metrics(config.run.dir, _name(config), config.train.steps, config.log, runtime),
+    )
+
+
+def _loader(config: TrainConfig, rank: int, world_size: int) -> TokenLoader:
+    return TokenLoader(
         [Source(ShardedTokens(source.path), source.weight) for source in config.data.sources],
         sequence_length=config.data.sequence_length,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         seed=config.run.seed,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-    )
-    return Training(
-        config=config,
-        runtime=runtime,
-        engine=engine,
-        loader=loader,
-        objective=Objective(config.objective, config.loss, target),
-        checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime),
-        metrics=Metrics(config.run.dir, _name(config), config.train.steps, config.log, runtime),
+        rank=rank,
+        world_size=world_size,
     )
 
 

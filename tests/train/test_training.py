@@ -223,26 +223,29 @@ def test_a_dead_rank_ends_the_others(tiny, tmp_path):
 # -- bad input --------------------------------------------------------------------------------------------------
 
 
-def test_mistakes_are_one_line_and_exit_code_2(tiny, cli, tmp_path):
+def test_mistakes_are_one_line_before_anything_starts(tiny, refused, tmp_path):
     good = distillation(tiny, tmp_path / "run")
     cases = [
         ([*good, "train.leraning_rate=1"], "unknown key train.leraning_rate; did you mean train.learning_rate?"),
         ([*good, "objective={tvdp: 1}"], "no loss 'tvdp'; did you mean tvd"),
         ([*good, "data.sources=[{path: /nowhere}]"], "/nowhere: no prepared corpus here"),
-        ([*good, "data.sequence_length=64"], "packed for sequences of 32, not 64"),
         ([*good, "target.path=/nowhere"], "/nowhere: no target model"),
         ([*good, "tokenizer=/nowhere"], "/nowhere: no such tokenizer file or folder"),
+        (["pretrain", *good[1:], "target=null"], "compares with a target; set target.path"),
+        (["distill", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        ([*good, "data.sequence_length=64"], "packed for sequences of 32, not 64"),
         ([*good, "train.global_batch=7"], "train.global_batch 7 is not a multiple"),
         ([*good, "train.deepspeed=zero9"], "no zero9.json in ds_configs; there are zero0"),
         ([*good, "--resume"], "nothing to resume"),
-        ([*good, "train.learning_rate=1e30", "train.warmup_steps=0"], "lower train.learning_rate"),
-        (["pretrain", *good[1:], "target=null"], "compares with a target; set target.path"),
-        (["distill", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
     ]
     for command, message in cases:
-        done = cli(*command, expect=2)
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1, done.stderr
+        assert message in refused(*command)
+
+
+def test_divergence_is_one_line_and_exit_code_2(tiny, cli, tmp_path):
+    done = cli(*distillation(tiny, tmp_path / "run", "train.learning_rate=1e30", "train.warmup_steps=0"), expect=2)
+    assert "lower train.learning_rate" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
 
 
 def test_a_drafter_of_another_vocabulary_is_refused(tiny, cli, tmp_path):
