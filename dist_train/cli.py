@@ -219,9 +219,7 @@ def _run_stage(options: argparse.Namespace) -> int:
         print(dump_config(config), end="")
         print(f"# world: {processes} process(es)")
         if stage.trains:
-            estimate = module.memory(config, processes)
-            print(f"# memory, estimated: {sum(estimate.values()):.2f} GiB a rank")
-            print("".join(f"#   {kind}: {amount:.2f}\n" for kind, amount in estimate.items()), end="")
+            print(module.memory_report(config, processes))
         return 0
     if options.nproc and options.nproc > 1:
         from dist_train.launch import launch, launch_mpi

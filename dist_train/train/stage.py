@@ -57,15 +57,22 @@ def run(config: TrainConfig) -> None:
             _conclude(training, finished)
 
 
-def memory(config: TrainConfig, world_size: int) -> dict[str, float]:
-    """GiB that each rank of `world_size` will need, by kind. Raises UserError or DataError on bad input."""
+def memory_report(config: TrainConfig, world_size: int) -> str:
+    """What each of `world_size` ranks will need, as YAML comments; or why that cannot be told here."""
     from transformers import AutoConfig
 
     from dist_train.train.memory import memory_estimate
 
     warm = config.drafter.init_from
-    shape = AutoConfig.from_pretrained(find_model(warm)) if warm else _shape(config, load_tokenizer(config.tokenizer))
-    return memory_estimate(config, shape, world_size)
+    try:
+        shape = (
+            AutoConfig.from_pretrained(find_model(warm)) if warm else _shape(config, load_tokenizer(config.tokenizer))
+        )
+        estimate = memory_estimate(config, shape, world_size)
+    except UserError as error:
+        return f"# memory: not estimated: {error}"
+    lines = [f"#   {kind}: {amount:.2f}" for kind, amount in estimate.items()]
+    return "\n".join([f"# memory, estimated: {sum(estimate.values()):.2f} GiB a rank", *lines])
 
 
 def _build(config: TrainConfig, runtime: Runtime) -> Any:
