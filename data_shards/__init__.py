@@ -4,7 +4,7 @@ from data_shards.errors import DataError
 from data_shards.format import Encoding, ShardedTokens, ShardWriter
 from data_shards.loader import Batch, Source, TokenLoader
 from data_shards.order import GlobalOrder, MixtureOrder
-from data_shards.prepare import Encoded, PrepareSummary, prepare
+from data_shards.prepare import Encoded, PrepareSummary, Rejected, prepare
 
 __all__ = [
     "Batch",
@@ -14,6 +14,7 @@ __all__ = [
     "GlobalOrder",
     "MixtureOrder",
     "PrepareSummary",
+    "Rejected",
     "ShardWriter",
     "ShardedTokens",
     "Source",

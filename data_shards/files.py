@@ -2,39 +2,93 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+import time
+import uuid
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import xxhash
 
 from data_shards.errors import DataError
 
+TEMPORARY = ".tmp"
+
+
+class AtomicFile:
+    """A file that appears at `path`, whole, when the `with` block is left well; else nothing is left there.
+
+    Written through a temporary neighbour, fsync and rename. `record`, after the block: `{"bytes": size, "xxh64": hex
+    digest}`, as an index stores it. Raises DataError when the disk is full or the folder cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # Two runs that write the same file, on one host or two, must not share a temporary one.
+        self._temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+        self._digest, self._size = xxhash.xxh64(), 0
+
+    def __enter__(self) -> AtomicFile:
+        """Open the temporary file."""
+        with self._named():
+            self._file = self._temporary.open("wb")
+        return self
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append."""
+        with self._named():
+            self._file.write(chunk)
+        self._digest.update(chunk)
+        self._size += memoryview(chunk).nbytes
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Give the file its name, or take it away."""
+        try:
+            if kind is None:
+                with self._named():
+                    self._file.flush()
+                    os.fsync(self._file.fileno())
+                    self._file.close()
+                    self._temporary.replace(self.path)
+                    _fsync_folder(self.path.parent)
+        finally:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Size and checksum."""
+        return {"bytes": self._size, "xxh64": self._digest.hexdigest()}
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self.path}: cannot be written: {error.strerror}; free space or choose another folder"
+            ) from error
+
 
 def write_atomically(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
-    """Write `chunks` to `path` through a temporary neighbour, fsync and rename.
+    """Write `chunks` as an `AtomicFile` and return its record."""
+    with AtomicFile(path) as file:
+        for chunk in chunks:
+            file.write(chunk)
+    return file.record
 
-    Returns the record that goes into an index: `{"bytes": size, "xxh64": hex digest}`. Raises DataError when the disk
-    is full or the folder cannot be written; nothing is left at `path` then.
-    """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    digest, size = xxhash.xxh64(), 0
-    try:
-        with temporary.open("wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                digest.update(chunk)
-                size += len(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _fsync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise DataError(f"{path}: cannot be written: {error.strerror}; free space or choose another folder") from error
-    return {"bytes": size, "xxh64": digest.hexdigest()}
+
+def remove_stale(folder: Path, older_than_seconds: float = 3600) -> None:
+    """Remove temporary files that a killed run left behind; a young one may be another run's, at work."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > older_than_seconds:
+                path.unlink()
 
 
 def _fsync_folder(folder: Path) -> None:

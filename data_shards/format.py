@@ -15,6 +15,7 @@ Readers memory-map; opening costs the index and a `stat` of each file.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import DataError
-from data_shards.files import file_xxh64, read_json, write_atomically, write_json
+from data_shards.files import AtomicFile, file_xxh64, read_json, write_atomically, write_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -55,24 +56,64 @@ class Encoding:
         return {"tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "bos": self.bos, "eos": self.eos}
 
 
+class ShardFiles:
+    """The files of one shard, written batch by batch; they get their names when the `with` block is left well.
+
+    `record`, after the block, goes into the index.
+    """
+
+    def __init__(self, folder: Path, number: int, encoding: Encoding, *, has_mask: bool = False) -> None:
+        self.name = f"shard-{number:05d}"
+        self._encoding, self._dtype = encoding, token_dtype(encoding.vocab_size)
+        self._folder = folder
+        kinds = ("tokens", "offsets", "mask") if has_mask else ("tokens", "offsets")
+        self._files = {kind: AtomicFile(folder / f"{self.name}.{kind}") for kind in kinds}
+        self._tokens = self._documents = 0
+
+    def __enter__(self) -> ShardFiles:
+        """Open the files."""
+        self._stack = ExitStack()
+        for file in self._files.values():
+            self._stack.enter_context(file)
+        self._files["offsets"].write(np.zeros(1, "<u8").tobytes())
+        return self
+
+    def add(self, ids: Array, lengths: Array, mask: Array | None = None) -> None:
+        """Append documents: token ids of all, [tokens]; tokens of each, [documents]; 1 on response tokens, [tokens].
+
+        Raises DataError for an id outside the vocabulary, or without the mask that this shard was said to have.
+        """
+        if len(ids) and (int(ids.max()) >= self._encoding.vocab_size or int(ids.min()) < 0):
+            raise DataError(
+                f"{self._folder / self.name}: a token id lies outside the vocabulary of {self._encoding.vocab_size}"
+            )
+        if (mask is None) == ("mask" in self._files):
+            raise DataError(f"{self._folder / self.name}: either every document has a mask or none has")
+        self._files["tokens"].write(ids.astype(self._dtype).tobytes())
+        self._files["offsets"].write((self._tokens + np.cumsum(lengths)).astype("<u8").tobytes())
+        if mask is not None:
+            self._files["mask"].write(mask.astype("u1").tobytes())
+        self._tokens += len(ids)
+        self._documents += len(lengths)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Commit the files, or take them away."""
+        self._stack.__exit__(kind, error, at)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Name, counts, and each file's size and checksum."""
+        files = {file.path.name: file.record for file in self._files.values()}
+        return {"name": self.name, "tokens": self._tokens, "documents": self._documents, "files": files}
+
+
 def write_shard(
     folder: Path, number: int, ids: Array, lengths: Array, encoding: Encoding, mask: Array | None = None
 ) -> dict[str, Any]:
-    """Write one shard and return its record for the index.
-
-    `ids`: token ids of all documents, [tokens]; `lengths`: tokens of each document, [documents]; `mask`: 1 on response
-    tokens, [tokens].
-    """
-    name = f"shard-{number:05d}"
-    dtype = token_dtype(encoding.vocab_size)
-    if len(ids) and (int(ids.max()) >= encoding.vocab_size or int(ids.min()) < 0):
-        raise DataError(f"{folder / name}: a token id lies outside the vocabulary of {encoding.vocab_size}")
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.uint64)]).astype("<u8")
-    arrays = {f"{name}.tokens": ids.astype(dtype), f"{name}.offsets": offsets}
-    if mask is not None:
-        arrays[f"{name}.mask"] = mask.astype("u1")
-    files = {file: write_atomically(folder / file, [array.tobytes()]) for file, array in arrays.items()}
-    return {"name": name, "tokens": len(ids), "documents": len(lengths), "files": files}
+    """Write one shard at once and return its record for the index; arguments as for `ShardFiles.add`."""
+    with ShardFiles(folder, number, encoding, has_mask=mask is not None) as files:
+        files.add(ids, lengths, mask)
+    return files.record
 
 
 def write_packs(folder: Path, packs: Sequence[Sequence[int]], sequence_length: int) -> dict[str, Any]:

@@ -6,24 +6,33 @@ whose record is there. When all are, rank 0 gathers the records into the index a
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from data_shards.errors import DataError
-from data_shards.files import read_json, write_json
-from data_shards.format import INDEX, Array, Encoding, ShardedTokens, write_index, write_packs, write_shard
-from data_shards.inputs import UNIT_BYTES, Record, Unit, find_files, plan_units, read_records
+from data_shards.faults import MAX_BYTES, Fault, Faults, Policy, gather
+from data_shards.files import read_json, remove_stale, write_json
+from data_shards.format import INDEX, Array, Encoding, ShardedTokens, ShardFiles, write_index, write_packs
+from data_shards.inputs import UNIT_BYTES, Located, Record, Unit, find_files, fraction, place, plan_units, read_located
 from data_shards.packing import pack_documents
 
 PLAN = "plan.json"
-_BATCH = 1024  # records handed to the encoder at once
+_BATCH_RECORDS, _BATCH_CHARACTERS = 8192, 4 << 20  # handed to the encoder at once, whichever comes first
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, int], None]
+
+
+class Rejected(NamedTuple):
+    """A record that gives no document: its place in the batch, one of `faults.KINDS`, and why."""
+
+    position: int
+    kind: str
+    reason: str
 
 
 class Encoded(NamedTuple):
@@ -32,15 +41,18 @@ class Encoded(NamedTuple):
     ids: Array
     lengths: Array
     mask: Array | None
+    rejected: Sequence[Rejected] = ()
 
 
 class Encoder(Protocol):
-    """Turns records into documents. A record may give none (an empty text)."""
+    """Turns records into documents; reads their `fields`. With `has_mask` it gives a mask each time."""
 
     encoding: Encoding
+    fields: Sequence[str]
+    has_mask: bool
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
-        """Encode records in order. Raises DataError for a record it cannot read."""
+        """Encode records in order; those that give no document are rejected."""
 
 
 class Communicator(Protocol):
@@ -55,13 +67,15 @@ class Communicator(Protocol):
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a corpus holds: tokens, documents, packs (0 for plain text), shards, and documents left out of packs."""
+    """What a corpus holds: tokens, documents, packs (0 for plain text), shards; documents left out of packs; faults."""
 
     tokens: int
     documents: int
     shards: int
     packs: int = 0
     unpackable: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    named_faults: list[Fault] = field(default_factory=list)
 
 
 def prepare(
@@ -72,31 +86,40 @@ def prepare(
     *,
     sequence_length: int | None = None,
     unit_bytes: int = UNIT_BYTES,
+    policy: Mapping[str, Policy] = MappingProxyType({"empty": "skip"}),
+    max_bytes: int = MAX_BYTES,
     progress: Progress | None = None,
 ) -> PrepareSummary:
     """Tokenize `inputs` into the corpus `out`, on all ranks of `comm` together; collective.
 
-    With a `sequence_length` the documents are also packed into sequences of that length. `progress(done, total)` counts
-    the input bytes of this rank. A corpus that is already there and was made from the same inputs in the same way is
-    left as it is. Raises DataError when it was made otherwise, or when an input is missing or malformed.
+    With a `sequence_length` the documents are also packed into sequences of that length. `policy` says for each kind of
+    fault whether to stop or to leave the record out; `max_bytes` is the longest line. `progress(done, total, tokens)`
+    counts this rank's bytes of input, and tokens made. A corpus that is already there and was made from the same inputs
+    in the same way is left as it is. Raises DataError when it was made otherwise, or when an input is missing or at
+    fault.
     """
     files = find_files(inputs)
     units = plan_units(files, unit_bytes)
     if not units:
         raise DataError(f"{inputs}: the input is empty")
     plan = {
-        "inputs": [[str(file), file.stat().st_size] for file in files],
+        "inputs": [list(file) for file in files],
         "unit_bytes": unit_bytes,
         "encoding": encoder.encoding.as_json(),
         "sequence_length": sequence_length,
+        "faults": {**policy, "max_bytes": max_bytes},
     }
     _together(comm, lambda: _adopt_plan(out, plan) if comm.rank == 0 else None)
     if not (out / INDEX).exists():
-        _together(comm, lambda: _encode_units(out, units, encoder, comm, progress))
+        work = _Work(out, units, encoder, lambda: Faults(policy, max_bytes))
+        _together(comm, lambda: work.run(comm, progress))
         _together(comm, lambda: _commit(out, len(units), encoder.encoding, plan) if comm.rank == 0 else None)
     corpus = ShardedTokens(out)
     unpackable = corpus.num_documents - corpus.num_packed_documents if corpus.num_packs else 0
-    return PrepareSummary(corpus.num_tokens, corpus.num_documents, len(units), corpus.num_packs, unpackable)
+    counts, named = gather(shard["faults"] for shard in corpus.index["shards"])
+    return PrepareSummary(
+        corpus.num_tokens, corpus.num_documents, len(units), corpus.num_packs, unpackable, counts, named
+    )
 
 
 def _together(comm: Communicator, action: Callable[[], None]) -> None:
@@ -131,42 +154,64 @@ def _record_path(out: Path, number: int) -> Path:
     return out / f"shard-{number:05d}.json"
 
 
-def _encode_units(
-    out: Path, units: Sequence[Unit], encoder: Encoder, comm: Communicator, progress: Progress | None
-) -> None:
-    mine = range(comm.rank, len(units), comm.size)
-    total = sum(units[number].stop - units[number].start for number in mine)
-    done = 0
-    for number in mine:
-        unit = units[number]
-        if not _record_path(out, number).exists():
-            encoded = _encode_unit(unit, encoder)
-            record = write_shard(out, number, encoded.ids, encoded.lengths, encoder.encoding, encoded.mask)
-            write_json(_record_path(out, number), record)
-        done += unit.stop - unit.start
-        if progress:
-            progress(done, total)
+@dataclass
+class _Work:
+    """The units of a corpus, and what makes shards of them."""
+
+    out: Path
+    units: Sequence[Unit]
+    encoder: Encoder
+    new_faults: Callable[[], Faults]
+
+    def run(self, comm: Communicator, progress: Progress | None) -> None:
+        """Make this rank's missing shards, each committed with its record."""
+        mine = range(comm.rank, len(self.units), comm.size)
+        total, done, tokens = sum(self.units[number].size for number in mine), 0, 0
+        for number in mine:
+            unit = self.units[number]
+            if not _record_path(self.out, number).exists():
+                for part, made in self._make_shard(number, unit):
+                    tokens += made
+                    if progress:
+                        progress(done + int(part * unit.size), total, tokens)
+            done += unit.size
+            if progress:
+                progress(done, total, tokens)
+
+    def _make_shard(self, number: int, unit: Unit) -> Iterator[tuple[float, int]]:
+        """Encode a unit batch by batch; yields how far it is, from 0 to 1, and the tokens of a batch."""
+        faults = self.new_faults()
+        with ShardFiles(self.out, number, self.encoder.encoding, has_mask=self.encoder.has_mask) as files:
+            for batch in _batches(read_located(unit, faults, self.encoder.fields), self.encoder.fields):
+                encoded = self.encoder([located.record for located in batch])
+                for position, kind, reason in encoded.rejected:
+                    faults.note(kind, place(unit, batch[position].where), reason)
+                files.add(encoded.ids, encoded.lengths, encoded.mask)
+                yield fraction(unit, batch[-1].where), len(encoded.ids)
+        write_json(_record_path(self.out, number), {**files.record, "faults": faults.as_json()})
 
 
-def _encode_unit(unit: Unit, encoder: Encoder) -> Encoded:
-    records = read_records(unit)
-    batches = [encoder([])]  # an empty unit still has the right kinds of arrays
-    while batch := list(itertools.islice(records, _BATCH)):
-        try:
-            batches.append(encoder(batch))
-        except DataError as error:
-            raise DataError(f"{unit.path}: {error}") from error
-    masks = [batch.mask for batch in batches if batch.mask is not None]
-    return Encoded(
-        np.concatenate([batch.ids for batch in batches]),
-        np.concatenate([batch.lengths for batch in batches]),
-        np.concatenate(masks) if masks else None,
-    )
+def _batches(records: Iterable[Located], fields: Sequence[str]) -> Iterator[list[Located]]:
+    batch: list[Located] = []
+    characters = 0
+    for located in records:
+        batch.append(located)
+        characters += sum(len(located.record.get(name) or "") for name in fields)
+        if len(batch) == _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _commit(out: Path, num_units: int, encoding: Encoding, plan: dict[str, Any]) -> None:
     """Gather the records into the index; from then on they are not needed."""
-    records = [read_json(_record_path(out, number)) for number in range(num_units)]
+    try:
+        records = [read_json(_record_path(out, number)) for number in range(num_units)]
+    except DataError:
+        if (out / INDEX).exists():  # by another run of the same, which came first and made the same bytes
+            return
+        raise
     if not sum(record["documents"] for record in records):
         raise DataError(f"{', '.join(name for name, _ in plan['inputs'])}: no documents in the input; all are empty")
     packs = None
@@ -174,8 +219,9 @@ def _commit(out: Path, num_units: int, encoding: Encoding, plan: dict[str, Any])
         packs = _pack(out, records, plan["sequence_length"])
     write_index(out, records, encoding, packs=packs, provenance=plan)
     for number in range(num_units):
-        _record_path(out, number).unlink()
-    (out / PLAN).unlink()
+        _record_path(out, number).unlink(missing_ok=True)
+    (out / PLAN).unlink(missing_ok=True)
+    remove_stale(out)
 
 
 def _pack(out: Path, records: Sequence[dict[str, Any]], sequence_length: int) -> dict[str, Any]:

@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 
 import data_shards
-from data_shards import DataError, Encoded, Encoding
+from data_shards import Encoded, Encoding, PrepareSummary, Rejected
 from data_shards.inputs import Record, find_files
 from dist_train.config import PrepareConfig
 from dist_train.errors import UserError
 from dist_train.progress import Progress
 from dist_train.tokenizer import Tokenizer, load_tokenizer
+from dist_train.wordwise import Array
+
+_FAULTS_SHOWN = 20
 
 
 def check(config: PrepareConfig) -> None:
@@ -40,64 +43,126 @@ def run(config: PrepareConfig) -> None:
             comm,
             sequence_length=config.sequence_length if is_chat else None,
             unit_bytes=config.shard_bytes,
+            policy=config.faults.model_dump(exclude={"max_bytes"}),
+            max_bytes=config.faults.max_bytes,
             progress=bar.update,
         )
     if comm.rank == 0:
-        packs = f", {summary.packs:,} packs of {config.sequence_length}" if is_chat else ""
-        left_out = f", {summary.unpackable:,} left out as too long" if summary.unpackable else ""
-        ranks = f"{comm.size} rank{'s' if comm.size > 1 else ''}"
-        print(
-            f"prepare: {summary.tokens:,} tokens in {summary.documents:,} documents, {summary.shards} shards{packs}"
-            f"{left_out}; {ranks}, {time.monotonic() - began:.1f} s; {config.out}",
-            flush=True,
-        )
+        _conclude(config, summary, comm.size, time.monotonic() - began)
+
+
+def _conclude(config: PrepareConfig, summary: PrepareSummary, ranks: int, seconds: float) -> None:
+    for fault in summary.named_faults[:_FAULTS_SHOWN]:
+        print(f"prepare: left out ({fault.kind}): {fault.where}: {fault.reason}", flush=True)
+    if sum(summary.faults.values()) > _FAULTS_SHOWN:
+        print(f"prepare: and more, named in {config.out / 'index.json'}", flush=True)
+    packs = f", {summary.packs:,} packs of {config.sequence_length}" if summary.packs else ""
+    left_out = f", {summary.unpackable:,} left out as too long" if summary.unpackable else ""
+    faults = "".join(f", {count:,} {kind.replace('_', ' ')} left out" for kind, count in summary.faults.items())
+    size = sum(file.size for file in find_files(config.inputs)) / 1e6
+    print(
+        f"prepare: {summary.tokens:,} tokens in {summary.documents:,} documents, {summary.shards} shards{packs}"
+        f"{left_out}{faults}; {ranks} rank{'s' if ranks > 1 else ''}, {seconds:.1f} s, {size / seconds:.1f} MB/s; "
+        f"{config.out}",
+        flush=True,
+    )
 
 
 class TextEncoder:
     """Records with a text field, as documents between BOS and EOS."""
 
+    has_mask = False
+
     def __init__(self, tokenizer: Tokenizer, config: PrepareConfig) -> None:
         self._tokenizer, self._field = tokenizer, config.text_field
+        self.fields: Sequence[str] = (config.text_field,)
         self._before = [tokenizer.bos_id] if config.bos and tokenizer.bos_id is not None else []
         self._after = [tokenizer.eos_id] if config.eos else []
         self.encoding = Encoding(tokenizer.sha256, tokenizer.vocab_size, bool(self._before), config.eos)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         """Encode; empty texts give no document."""
-        texts = [text for record in records if (text := _text(record, self._field))]
-        documents = [[*self._before, *ids, *self._after] for ids in self._tokenizer.encode_batch(texts)]
-        return Encoded(_flat(documents), _lengths(documents), None)
+        texts, rejected = [], []
+        for index, record in enumerate(records):
+            if problem := _problem(record, self._field):
+                rejected.append(Rejected(index, *problem))
+            else:
+                texts.append(record[self._field])
+        ids, lengths = self._tokenizer.encode_flat(texts)
+        return Encoded(*_enclosed(ids, lengths, self._before, self._after), None, rejected)
+
+
+def _enclosed(ids: Array, lengths: Array, before: Sequence[int], after: Sequence[int]) -> tuple[Array, Array]:
+    """Each document of `ids` between `before` and `after`, and the new lengths."""
+    extra = len(before) + len(after)
+    if not extra or not len(lengths):
+        return ids, lengths
+    starts = np.cumsum(lengths) - lengths + extra * np.arange(len(lengths))
+    enclosed = np.empty(len(ids) + extra * len(lengths), ids.dtype)
+    enclosed[np.arange(len(ids)) + np.repeat(extra * np.arange(len(lengths)) + len(before), lengths)] = ids
+    for place, special in enumerate(before):
+        enclosed[starts + place] = special
+    for place, special in enumerate(after, start=len(before)):
+        enclosed[starts + lengths + place] = special
+    return enclosed, lengths + extra
 
 
 class ChatEncoder:
     """Records with a prompt and a response, or already with their ids; the response is what is trained on."""
 
+    has_mask = True
+
     def __init__(self, tokenizer: Tokenizer, config: PrepareConfig) -> None:
         self._tokenizer, self._prompt, self._response = tokenizer, config.prompt_field, config.response_field
+        self.fields: Sequence[str] = (config.prompt_field, config.response_field, *_ID_FIELDS)
         # The chat template decides where BOS and EOS stand.
         self.encoding = Encoding(tokenizer.sha256, tokenizer.vocab_size, bos=False, eos=False)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         """Encode; a response that ends by itself ends with EOS."""
-        pairs = [self._ids(record) for record in records]
-        pairs = [(prompt, response) for prompt, response in pairs if response]
-        documents = [[*prompt, *response] for prompt, response in pairs]
-        masks = [[0] * len(prompt) + [1] * len(response) for prompt, response in pairs]
-        return Encoded(_flat(documents), _lengths(documents), _flat(masks))
+        documents, masks, rejected = [], [], []
+        for index, record in enumerate(records):
+            if problem := self._problem(record):
+                rejected.append(Rejected(index, *problem))
+            else:
+                prompt, response = self._ids(record)
+                documents.append([*prompt, *response])
+                masks.append([0] * len(prompt) + [1] * len(response))
+        return Encoded(_flat(documents), _lengths(documents), _flat(masks), rejected)
+
+    def _problem(self, record: Record) -> tuple[str, str] | None:
+        if _has_ids(record):
+            return None if record["response_ids"] else ("empty", "no response")
+        return _problem(record, self._prompt) or _problem(record, self._response)
 
     def _ids(self, record: Record) -> tuple[list[int], list[int]]:
-        if "prompt_ids" in record and "response_ids" in record:
+        if _has_ids(record):
             return list(record["prompt_ids"]), list(record["response_ids"])
-        prompt = self._tokenizer.encode_prompt([{"role": "user", "content": _text(record, self._prompt)}])
-        response = self._tokenizer.encode(_text(record, self._response))
-        return prompt, [*response, self._tokenizer.eos_id] if response else []
+        prompt = self._tokenizer.encode_prompt([{"role": "user", "content": record[self._prompt]}])
+        return prompt, [*self._tokenizer.encode(record[self._response]), self._tokenizer.eos_id]
 
 
-def _text(record: Record, field: str) -> str:
+_ID_FIELDS = ("prompt_ids", "response_ids")  # what generate writes
+
+
+def _has_ids(record: Record) -> bool:
+    return all(name in record for name in _ID_FIELDS)
+
+
+def _problem(record: Record, field: str) -> tuple[str, str] | None:
+    """Kind and reason of a record without a usable text in `field`."""
     text = record.get(field)
     if not isinstance(text, str):
-        raise DataError(f"a record has no text in {field!r}; its fields are {', '.join(record)}; set the field's name")
-    return text
+        fields = ", ".join(record)
+        return "malformed", f"the record has no text in {field!r}; its fields are {fields} (set the field's name)"
+    if not text:
+        return "empty", f"no text in {field!r}"
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            return "encoding", f"not Unicode: half a surrogate pair at character {error.start} of {field!r}"
+    return None
 
 
 def _flat(documents: Sequence[Sequence[int]]) -> Any:
@@ -114,12 +179,15 @@ class _Bar:
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
         self._progress: Progress | None = None
+        self._began = time.monotonic()
 
-    def update(self, done: int, total: int) -> None:
-        """Bytes of input done, of all that rank 0 has."""
+    def update(self, done: int, total: int, tokens: int) -> None:
+        """Bytes of input done, of all that rank 0 has, and tokens made of them."""
         if self._progress is None:
             self._progress = Progress("prepare", total, "B", enabled=self._enabled, scale=True)
-        self._progress.update(done)
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        speed = {"MB/s a rank": done / 1e6 / seconds, "tokens/s": tokens / seconds}
+        self._progress.update(done, **speed)
 
     def __enter__(self) -> _Bar:
         """Nothing to do yet."""

@@ -17,7 +17,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dist_train.errors import UserError
+from dist_train.wordwise import Array, WordwiseEncoder, can_split
 
 if TYPE_CHECKING:
     import tokenizers
@@ -61,6 +64,12 @@ class Tokenizer(ABC):
     @abstractmethod
     def save(self, folder: Path) -> None:
         """Write the files from which servers and `load_tokenizer` make this tokenizer again."""
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[Array, Array]:
+        """As `encode_batch`, one text after the other: ids, int32 [tokens], and how many each has, int64 [texts]."""
+        encoded = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
+        return np.fromiter((i for ids in encoded for i in ids), np.int32, int(lengths.sum())), lengths
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without BOS or EOS."""
@@ -129,6 +138,14 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without BOS or EOS."""
         return self._processor.encode(list(texts))
+
+    def encode_flat(self, texts: Sequence[str]) -> tuple[Array, Array]:
+        """As `encode_batch`, word by word where the model allows that."""
+        return super().encode_flat(texts) if self._wordwise is None else self._wordwise(texts)
+
+    @cached_property
+    def _wordwise(self) -> WordwiseEncoder | None:
+        return WordwiseEncoder(self._processor) if can_split(self._processor) else None
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; control ids leave no trace."""

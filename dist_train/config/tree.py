@@ -181,6 +181,20 @@ class TokenRateSection(Section):
     """the median of so many passes counts"""
 
 
+class FaultsSection(Section):
+    """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
+
+    malformed: Literal["stop", "skip"] = "stop"
+    """a line that is not a JSON object"""
+    encoding: Literal["stop", "skip"] = "stop"
+    """text that is not UTF-8"""
+    too_long: Literal["stop", "skip"] = "stop"
+    """a line longer than max_bytes"""
+    empty: Literal["stop", "skip"] = "skip"
+    """no text, or no response"""
+    max_bytes: PositiveInt = 50_000_000
+
+
 # -- stages -----------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +202,7 @@ class PrepareConfig(Section):
     """dist-train prepare: text or conversations to token shards."""
 
     inputs: str | list[str]
-    """files, folders or globs: JSONL, JSON lines in .gz or .zst, Parquet, text (one document a line)"""
+    """files, folders, globs or URLs (hf://datasets/...): JSONL (.gz, .zst), Parquet, text (one document a line)"""
     tokenizer: str
     """sentencepiece .model file, Hugging Face folder or hub id"""
     out: Path
@@ -206,7 +220,8 @@ class PrepareConfig(Section):
     sequence_length: PositiveInt = 2048
     """tokens per sequence into which conversations are packed"""
     shard_bytes: PositiveInt = 64 << 20
-    """input bytes of a line file per shard; compressed files and Parquet are one shard each"""
+    """input bytes per shard; a compressed file is one shard"""
+    faults: FaultsSection = FaultsSection()
 
 
 class TrainConfig(Section):

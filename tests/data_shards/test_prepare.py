@@ -118,9 +118,9 @@ def test_a_finished_corpus_is_left_alone_and_another_is_refused(inputs, tokenize
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "good"}\n{"text": torn\n', r"bad.jsonl: at byte 17: not JSON"),
-        ('{"body": "no text"}\n', r"bad.jsonl: a record has no text in 'text'; its fields are body"),
-        ('["a list"]\n', r"bad.jsonl: at byte 0: a record is a JSON object"),
+        ('{"text": "good"}\n{"text": torn\n', r"bad.jsonl:2: not JSON"),
+        ('{"body": "no text"}\n', r"bad.jsonl:1: the record has no text in 'text'; its fields are body"),
+        ('["a list"]\n', r"bad.jsonl:1: not a JSON object but a list"),
         ("", r"bad.jsonl: the input is empty"),
         ('{"text": ""}\n', r"bad.jsonl: no documents in the input"),
     ],
