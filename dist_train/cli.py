@@ -9,7 +9,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -298,14 +298,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 def _run_demo(options: argparse.Namespace) -> int:
     from dist_train.demo.run import run_demo
 
-    return run_demo(
-        options.out,
-        processes=options.nproc,
-        target=options.target,
-        corpus=options.corpus,
-        seeds=options.seeds,
-        scale=options.scale,
-    )
+    given = {name: getattr(options, name) for name in ("target", "corpus", "seeds", "scale")}
+    return run_demo(options.out, processes=options.nproc, **given)
 
 
 # -- tokenizer --------------------------------------------------------------------------------------------------
@@ -340,27 +334,33 @@ def _add_tokenizer(commands: argparse._SubParsersAction) -> None:
     )
     check.add_argument("a", help="sentencepiece file, Hugging Face folder or hub id")
     check.add_argument("b", help="another")
+    check.add_argument("--texts", nargs="+", default=[], help="compare on these documents too: JSONL, Parquet, text")
+    check.add_argument("--text-field", default="text")
+
+
+def _texts(options: argparse.Namespace, inputs: Sequence[str]) -> Iterator[str]:
+    from data_shards.inputs import find_files, plan_units, read_records
+
+    for unit in plan_units(find_files(inputs)):
+        yield from (record.get(options.text_field) or "" for record in read_records(unit))
 
 
 def _train_tokenizer(options: argparse.Namespace) -> None:
-    from data_shards.inputs import find_files, plan_units, read_records
     from dist_train.tokenizer import train_tokenizer
 
-    units = plan_units(find_files(options.inputs))
-    texts = (record.get(options.text_field, "") for unit in units for record in read_records(unit))
-    tokenizer = train_tokenizer(texts, options.out, options.vocab_size)
+    tokenizer = train_tokenizer(_texts(options, options.inputs), options.out, options.vocab_size)
     print(f"tokenizer: {tokenizer.vocab_size:,} pieces; {options.out}")
 
 
 def _check_tokenizers(options: argparse.Namespace) -> int:
-    from dist_train.tokenizer import PROBES, differences, load_tokenizer
+    from dist_train.tokenizer import PROBES, conversion_note, differences, load_tokenizer
 
-    found = differences(load_tokenizer(options.a), load_tokenizer(options.b), PROBES)
-    for line in found:
+    a, b = load_tokenizer(options.a), load_tokenizer(options.b)
+    texts = [*PROBES, *_texts(options, options.texts)]
+    found = differences(a, b, texts)
+    for line in (*found, *filter(None, {conversion_note(tokenizer, texts) for tokenizer in (a, b)})):
         print(line)
-    print(
-        "different: a drafter cannot be shared" if found else "equal: a drafter trained with one drafts for the other"
-    )
+    print("different: a drafter cannot be shared" if found else "equal: a drafter trained with A drafts for B")
     return 1 if found else 0
 
 

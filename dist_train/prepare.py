@@ -16,7 +16,7 @@ from dist_train.config import PrepareConfig
 from dist_train.errors import UserError
 from dist_train.progress import Progress
 from dist_train.tokenizer import Tokenizer, load_tokenizer
-from dist_train.wordwise import Array
+from dist_train.tokenizer.wordwise import Array
 
 _FAULTS_SHOWN = 20
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dist_train.tokenizer import PROBES
-from dist_train.wordwise import WordwiseEncoder, can_split
+from dist_train.tokenizer.wordwise import WordwiseEncoder, can_split
 
 CORNERS = [
     *PROBES,
@@ -83,7 +83,7 @@ def test_any_text(encoder, processor, texts):
 
 
 def test_a_table_that_is_emptied_changes_nothing(encoder, processor, monkeypatch):
-    monkeypatch.setattr("dist_train.wordwise._TABLE_BYTES", 2_000)
+    monkeypatch.setattr("dist_train.tokenizer.wordwise._TABLE_BYTES", 2_000)
     fresh = WordwiseEncoder(processor)
     for start in range(0, 2_000, 50):
         assert_equal(fresh, processor, [f"word{i} and  number {i * i}" for i in range(start, start + 50)])

@@ -151,3 +151,32 @@ def test_what_is_no_tokenizer_is_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no tokenizer can be loaded"):
         load_tokenizer(tmp_path / "empty")
+
+
+def test_the_check_compares_flags(tiny, tmp_path, cli):
+    load_tokenizer(tiny.tokenizer).save(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    (tmp_path / "b" / "tokenizer_config.json").write_text(json.dumps({**config, "add_bos_token": False}))
+    done = cli("tokenizer", "check", tiny.tokenizer, tmp_path / "b", expect=1)
+    assert "adds_bos: True, False" in done.stdout
+
+
+def test_the_check_reads_given_texts(tiny, tmp_path, cli):
+    load_tokenizer(tiny.tokenizer).save(tmp_path / "b")
+    (tmp_path / "b" / "tokenizer.model").unlink()
+    (tmp_path / "texts.txt").write_text("the model\nreads a token\n")
+    done = cli("tokenizer", "check", tiny.tokenizer, tmp_path / "b", "--texts", tmp_path / "texts.txt")
+    assert "equal: " in done.stdout
+
+
+def test_a_folder_whose_own_conversion_differs_is_noted(shared, tmp_path, cli):
+    """As transformers itself converts Llama 2's model."""
+    from transformers import LlamaTokenizer
+
+    model = shared / "llama2" / "tokenizer.model"
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    LlamaTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    done = cli("tokenizer", "check", model, tmp_path)
+    assert "equal: " in done.stdout
+    assert "tokenizer.json encodes unlike tokenizer.model" in done.stdout

@@ -1,0 +1,25 @@
+"""Text and token ids, in one encoding everywhere.
+
+A tokenizer that comes as a sentencepiece model is run by sentencepiece itself, in training, generation, evaluation and
+export; one that exists only as Hugging Face files by `tokenizers`.
+"""
+
+from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Message, Tokenizer
+from dist_train.tokenizer.check import PROBES, conversion_note, differences
+from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
+from dist_train.tokenizer.load import load_tokenizer
+from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer
+from dist_train.tokenizer.train import train_tokenizer
+
+__all__ = [
+    "LLAMA2_CHAT_TEMPLATE",
+    "PROBES",
+    "HuggingFaceTokenizer",
+    "Message",
+    "SentencePieceTokenizer",
+    "Tokenizer",
+    "conversion_note",
+    "differences",
+    "load_tokenizer",
+    "train_tokenizer",
+]

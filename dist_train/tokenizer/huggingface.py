@@ -1,0 +1,54 @@
+"""A tokenizer that exists only as Hugging Face files (Llama 3, Qwen, ...)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import UserError
+from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A tokenizer that exists only as Hugging Face files (Llama 3, Qwen, ...)."""
+
+    def __init__(self, source: str) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{source}: no tokenizer can be loaded from it: {reason}") from error
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(f"{source}: its tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
+        self.source = source
+        self.sha256 = hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+        self.vocab_size = len(self._tokenizer)
+        self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        self.adds_bos = self.bos_id is not None and self._tokenizer("a").input_ids[:1] == [self.bos_id]
+        backend = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        self.byte_fallback = bool(backend["model"].get("byte_fallback"))
+        self.special_ids = {str(token): i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        self.chat_template = self._tokenizer.chat_template or LLAMA2_CHAT_TEMPLATE
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens, also where the text spells one out."""
+        if not texts:
+            return []
+        return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of `ids`; special ids leave no trace."""
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def piece(self, token_id: int) -> str:
+        """The vocabulary entry of one id."""
+        return self._tokenizer.convert_ids_to_tokens(token_id)
+
+    def save(self, folder: Path) -> None:
+        """Write Hugging Face's files."""
+        self._tokenizer.save_pretrained(folder)

@@ -1,0 +1,71 @@
+"""From a path or hub id to a tokenizer: sentencepiece itself wherever a model file covers the vocabulary."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dist_train.errors import UserError
+from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
+from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
+from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer
+
+
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer at `source`: a sentencepiece `.model` file, a Hugging Face folder, or a hub id.
+
+    A folder with a `tokenizer.model` that covers its whole vocabulary is run by sentencepiece. Raises UserError when
+    there is no tokenizer at `source`.
+    """
+    path = Path(source)
+    if path.is_file():
+        return SentencePieceTokenizer(path)
+    if not path.is_dir():
+        if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
+            raise UserError(f"{source}: no such tokenizer file or folder; check tokenizer")
+        path = _download(str(source))
+    model = path / "tokenizer.model"
+    if model.exists() and not _adds_tokens(path, model):
+        adds_bos = _read_json(path / "tokenizer_config.json").get("add_bos_token", True)
+        return SentencePieceTokenizer(model, _stored_chat_template(path) or LLAMA2_CHAT_TEMPLATE, adds_bos=adds_bos)
+    return HuggingFaceTokenizer(str(path))
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(hub_id, allow_patterns=["tokenizer*", "special_tokens*", "chat_template*", "*.json"])
+        )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{hub_id}: neither a file or folder nor a tokenizer on the hub: {reason}") from error
+
+
+def _adds_tokens(folder: Path, model: Path) -> bool:
+    """Whether the folder's configuration has tokens beyond the sentencepiece model's."""
+    import sentencepiece
+
+    size = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
+    added = [token["id"] for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
+    added += [int(i) for i in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})]
+    added += list(_read_json(folder / "added_tokens.json").values())
+    return any(i >= size for i in added)
+
+
+def _stored_chat_template(folder: Path) -> str | None:
+    if (folder / "chat_template.jinja").exists():
+        return (folder / "chat_template.jinja").read_text()
+    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file of a Hugging Face folder holds; nothing where it is absent. Raises UserError where it is torn."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}; fetch the tokenizer again") from error
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,58 @@
+"""Training a sentencepiece model with the settings of Llama 2's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from dist_train.errors import UserError
+from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer
+
+
+def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int, *, threads: int = 2) -> SentencePieceTokenizer:
+    """Train a model with the settings of Llama 2's own: BPE, byte fallback, digits split, spaces kept, dummy prefix.
+
+    `out` is the folder that gets `tokenizer.model` and its conversions. Raises UserError when the text is too little
+    for the vocabulary.
+    """
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_sentences(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            character_coverage=0.99995,
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            unk_surface=" ⁇ ",
+            num_threads=threads,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise UserError(f"a vocabulary of {vocab_size} cannot be trained on this text: {error}") from error
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "tokenizer.model").write_bytes(model.getvalue())
+    tokenizer = SentencePieceTokenizer(out / "tokenizer.model")
+    tokenizer.save(out)
+    return tokenizer
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    """Lines, cut to at most 4,000 bytes: the trainer skips longer ones, and a line feed must not become a piece."""
+    for text in texts:
+        for line in text.split("\n"):
+            if line.strip() and "\0" not in line:
+                yield from (line[at : at + 1000] for at in range(0, len(line), 1000))
