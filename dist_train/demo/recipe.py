@@ -45,15 +45,15 @@ class Recipe:
 
     def target(self) -> dict[str, Any]:
         """The `train` section of the target's training."""
-        return self._train(self.steps(450), 3e-3)
+        return self._train(self.steps(400), 3e-3)
 
     def drafter(self) -> dict[str, Any]:
         """The `train` section of the drafter's pretraining."""
-        return self._train(self.steps(700), 6e-3)
+        return self._train(self.steps(600), 6e-3)
 
     def distillation(self) -> dict[str, Any]:
         """The `train` section of one distillation."""
-        return self._train(self.steps(250), 3e-3)
+        return self._train(self.steps(220), 3e-3)
 
     def _train(self, steps: int, learning_rate: float) -> dict[str, Any]:
         micro_batch = max(1, 16 // self.processes)

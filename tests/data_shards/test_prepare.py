@@ -82,12 +82,25 @@ def test_bytes_are_the_same_for_1_2_3_and_7_ranks(inputs, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_started_again_gives_the_same_bytes(tokenizer, tmp_path, ranks):
+    kill_and_rerun(tokenizer, tmp_path, ranks, kills=3)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+def test_fifty_kills(tokenizer, tmp_path):
+    kill_and_rerun(tokenizer, tmp_path, 2, kills=50)
+
+
+def kill_and_rerun(tokenizer, tmp_path, ranks, kills):
+    """SIGKILL to all ranks at a random moment of each of `kills` runs, then a rerun to the end."""
     lines = [json.dumps({"text": text * 40}) + "\n" for text in TEXTS]
     (tmp_path / "big.jsonl").write_text("".join(lines))
     prepare(tmp_path / "big.jsonl", tokenizer[0], tmp_path / "whole", ranks, unit_bytes=20_000)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     drawn = random.Random(ranks)
-    for attempt in range(3):
-        out = tmp_path / f"killed-{attempt}"
+    interrupted = 0
+    for kill in range(kills):
+        out = tmp_path / f"killed-{kill}"
         command = [str(MPIEXEC), "-n", str(ranks), sys.executable, "-m", "dist_train", "prepare"]
         command += [f"inputs={tmp_path / 'big.jsonl'}", f"tokenizer={tokenizer[0]}", f"out={out}", "shard_bytes=20000"]
         running = subprocess.Popen(
@@ -98,11 +111,10 @@ def test_killed_and_started_again_gives_the_same_bytes(tokenizer, tmp_path, rank
         time.sleep(drawn.random() * 0.3)
         os.killpg(running.pid, signal.SIGKILL)
         running.wait()
+        interrupted += not (out / "index.json").exists()
         prepare(tmp_path / "big.jsonl", tokenizer[0], out, ranks, unit_bytes=20_000)
-        names = {path.name for path in out.iterdir() if not path.name.endswith(".tmp")}
-        assert names == {path.name for path in (tmp_path / "whole").iterdir()}
-        for name in names:
-            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert {path.name: path.read_bytes() for path in out.iterdir() if path.suffix != ".tmp"} == whole
+    assert interrupted, "every kill came too late to interrupt anything"
 
 
 def test_a_finished_corpus_is_left_alone_and_another_is_refused(inputs, tokenizer, tmp_path):
