@@ -7,14 +7,13 @@ torch.distributed and DeepSpeed read are set from it, so that neither guesses.
 
 from __future__ import annotations
 
-import io
 import os
 import random
 import re
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -180,10 +179,12 @@ def started() -> Iterator[Runtime]:
         torch.cuda.set_device(device)
     import deepspeed
 
-    with redirect_stdout(io.StringIO()):  # it prints that an operator was built, on every rank
-        deepspeed.init_distributed(
-            "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
-        )
+    # Its CPU accelerator would compile an all-reduce that only its tensor-parallel inference calls, behind a lock file
+    # that a killed process leaves to all later ones. PyTorch's own serves.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+    )
     try:
         yield Runtime(world, device)
     finally:

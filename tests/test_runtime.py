@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from dist_train.errors import UserError
@@ -50,3 +56,21 @@ def test_a_silent_scontrol_names_the_way_out(monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         find_world({**SRUN, "MASTER_ADDR": ""})
+
+
+def test_nothing_is_compiled_at_the_start(tmp_path):
+    """No C++ compiler, and no build of a killed process, can hold a run up."""
+    for name in ("python", "sh", "ninja"):
+        found = shutil.which(name)
+        if found:
+            Path(tmp_path, name).symlink_to(found)
+    start = "from dist_train.runtime import started\nwith started() as runtime: print(runtime.world_size)"
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        env={**os.environ, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "operators")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split() == ["1"], done.stderr
+    assert not (tmp_path / "operators").exists()
