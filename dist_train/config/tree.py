@@ -96,10 +96,14 @@ class LossSection(Section):
 
     tvdpp_normalize: Literal["batch", "position"] = "position"
     """where TVD++ takes mean and deviation of its rewards"""
+    tvdpp_clamp: float = Field(default=1e-6, gt=0)
+    """least deviation; a guard against 0/0 only, a large one undoes the weighting"""
     jsd_beta: float = Field(default=0.5, gt=0, lt=1)
     """weight of the target in the generalised Jensen-Shannon mixture"""
     lk_decay: float | None = Field(default=None, gt=0)
     """null: -log(acceptance); a number: the hybrid w KL + (1-w)(1-acceptance), w = exp(-decay * acceptance)"""
+    z_loss: float = Field(default=0.0, ge=0)
+    """weight of logsumexp(logits)^2 of the drafter, added to the objective; 0: none"""
     drafter_temperature: float = Field(default=1.0, gt=0)
     target_temperature: float = Field(default=1.0, gt=0)
     chunk_size: PositiveInt | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,9 +20,21 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
 
+    def detached(self, vocab_size: int | None) -> Head:
+        """The same head outside of the autograd graph, without the rows that are padding."""
+        bias = None if self.bias is None else self.bias.detach()[:vocab_size]
+        return replace(self, weight=self.weight.detach()[:vocab_size], bias=bias)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits in fp32 (fp64 for fp64 input), [..., V], of `hidden` [..., D]; the product is in the head's dtype."""
-        raw = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return self.finished(self.raw(hidden))
+
+    def raw(self, hidden: Tensor) -> Tensor:
+        """`hidden @ weight.T + bias` in the head's dtype."""
+        return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+
+    def finished(self, raw: Tensor) -> Tensor:
+        """From `raw`'s product to logits; the same tensor where nothing is left to do."""
         logits = raw.to(working_dtype(raw)) * self.scale if self.scale != 1.0 else raw.to(working_dtype(raw))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 

@@ -8,19 +8,28 @@ taken at once, and only the gradients of hidden states [N, D] and head weight [V
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from dist_train.losses.distributions import Distributions
 from dist_train.losses.head import Head, working_dtype
 from dist_train.losses.output import STATISTICS, DivergenceOutput, make_output, statistics
-from dist_train.losses.terms import TERMS, Distributions, Options, needs_target, parse
+from dist_train.losses.terms import TERMS, Options, advantage_deviation, needs_target, parse, z_loss
 
-# Elements of a chunk's logits, of which about eight tensors are alive: on a CPU they should fit its cache, on a GPU
-# fill it. Fewer rows than these would leave the heads' products waiting for the weight to be read.
-_CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
-_LEAST_ROWS = {"cpu": 128, "cuda": 1024}
+# A chunk is what the heads are multiplied for: two tensors of logits are alive. Fewer rows than the least would leave
+# the products waiting for the weights to be read and the weight's gradient to be written.
+_CHUNK_ELEMENTS = {"cpu": 5 << 20, "cuda": 1 << 24}
+_LEAST_ROWS = {"cpu": 160, "cuda": 512}
+# A chunk's share of the free memory, of which it takes two tensors in fp32.
+_FREE_SHARE = 1 / 4
+# A block is what the losses are taken for, a dozen tensors: as many rows of a chunk as a cache holds of them, and not
+# fewer than keep every core of a CPU busy with rows of its own.
+_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
+_ROWS_PER_THREAD = 8
 
 
 def linear_divergence(
@@ -40,31 +49,47 @@ def linear_divergence(
 
     `drafter_hidden` [N, D] or [B, T, D], `target_hidden` [N, E] or [B, T, E] (None where only ce is asked for); each
     head a weight, [V, D] and [V, E], or a `Head`. The drafter's hidden states, head weight and bias get gradients, the
-    target's nothing. `chunk_size` is in rows. With tvdpp's `normalize="batch"` and no `batch_mu` the chunks are gone
-    through twice, once for the batch's statistics.
+    target's nothing; the backward pass can be gone through once. `chunk_size` is in rows (None: from the vocabulary,
+    and less where memory is short). With tvdpp's `normalize="batch"` and no `batch_mu` the batch is what is at hand.
+    Where it is one of several losses, the chunks are then gone through twice, first for the statistics. Raises
+    ValueError for an unknown name, what is missing, and heads of different vocabularies.
     """
     terms, settings = parse(name), Options(**options)
     if target_hidden is None and needs_target(terms):
         raise ValueError(f"{', '.join(terms)}: a divergence needs the target's hidden states")
-    drafter = drafter_weight if isinstance(drafter_weight, Head) else Head(drafter_weight)
-    target = target_weight if isinstance(target_weight, Head) or target_weight is None else Head(target_weight)
+    whole = drafter_weight if isinstance(drafter_weight, Head) else Head(drafter_weight)
+    drafter = whole.detached(settings.vocab_size)
+    target = None
+    if target_hidden is not None and target_weight is not None:
+        target = target_weight if isinstance(target_weight, Head) else Head(target_weight)
+        target = target.detached(settings.vocab_size)
+        if len(drafter.weight) != len(target.weight):
+            raise ValueError(
+                f"the drafter's head has {len(drafter.weight)} rows, the target's {len(target.weight)}; "
+                "vocab_size= leaves padding out"
+            )
     keep = None if mask is None else mask.reshape(-1).nonzero()[:, 0]
     hidden = _rows(drafter_hidden, keep)
-    count = len(hidden) if num_positions is None else num_positions
+    batch_mode = settings.normalize == "batch" and settings.batch_mu is None and "tvdpp" in terms
+    only_tvdpp = batch_mode and len(terms) == 1 and not settings.z_loss
     chunks = _Chunks(
-        terms=terms,
+        terms={"tvd": terms["tvdpp"]} if only_tvdpp else terms,
         options=settings,
         drafter=drafter,
         target=target,
         hidden=hidden.detach(),
-        target_hidden=None if target_hidden is None else _rows(target_hidden, keep).detach(),
+        target_hidden=None if target is None or target_hidden is None else _rows(target_hidden, keep).detach(),
         labels=None if labels is None else _rows(labels[..., None], keep)[:, 0],
-        size=chunk_size or chunk_rows(drafter.weight.shape[0], drafter.weight.device.type != "cpu"),
+        size=chunk_size or affordable_rows(len(drafter.weight), drafter.weight.device),
+        count=max(len(hidden) if num_positions is None else num_positions, 1),
     )
-    if "tvdpp" in terms and settings.normalize == "batch" and settings.batch_mu is None:
-        chunks.options = Options(**{**options, "batch_mu": chunks.mean_mu()})
-    loss, sums = _LinearDivergence.apply(hidden, drafter.weight, drafter.bias, chunks, max(count, 1))
-    return make_output(loss, None if target_hidden is None else sums, len(hidden))
+    if batch_mode and not only_tvdpp:
+        chunks = replace(chunks, options=replace(settings, batch_mu=chunks.mean_mu()))
+    loss, sums = _LinearDivergence.apply(hidden, whole.weight, whole.bias, chunks)
+    if only_tvdpp:  # TVD over a scale that is known only now
+        mu = sums[STATISTICS.index("mu")] / max(len(hidden), 1)
+        loss = loss / advantage_deviation(mu, 1 - mu, settings).to(loss.dtype)
+    return make_output(loss, None if target is None else sums, len(hidden))
 
 
 def _rows(values: Tensor, keep: Tensor | None) -> Tensor:
@@ -74,47 +99,109 @@ def _rows(values: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def chunk_rows(vocab_size: int, on_gpu: bool) -> int:
-    """Rows of logits alive at once where none are asked for."""
+    """Rows of logits alive at once where none are asked for and memory is not short."""
     kind = "cuda" if on_gpu else "cpu"
-    return max(_LEAST_ROWS[kind], _CHUNK_ELEMENTS[kind] // vocab_size)
+    return max(_LEAST_ROWS[kind], _CHUNK_ELEMENTS[kind] // vocab_size // 32 * 32)
 
 
+def affordable_rows(vocab_size: int, device: torch.device) -> int:
+    """`chunk_rows`, halved until two fp32 tensors of them take no more than a share of the GPU's free memory.
+
+    On a CPU a chunk is small beside what a model needs. Sizes change in such steps only, because the order in which
+    sums are rounded changes with them.
+    """
+    rows = chunk_rows(vocab_size, device.type != "cpu")
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        while rows > 16 and 2 * 4 * rows * vocab_size > _FREE_SHARE * free:
+            rows //= 2
+    return rows
+
+
+def _block_rows(vocab_size: int, device: torch.device) -> int:
+    """Rows for which the losses are taken at once."""
+    if device.type == "cpu":
+        return max(_ROWS_PER_THREAD * torch.get_num_threads(), _BLOCK_ELEMENTS["cpu"] // vocab_size)
+    return max(1, _BLOCK_ELEMENTS["cuda"] // vocab_size)
+
+
+@dataclass(frozen=True)
 class _Chunks:
-    """The rows of one call, chunk by chunk."""
+    """The rows of one call, chunk by chunk. Heads and hidden states are outside of the autograd graph."""
 
-    def __init__(
-        self,
-        *,
-        terms: dict[str, float],
-        options: Options,
-        drafter: Head,
-        target: Head | None,
-        hidden: Tensor,
-        target_hidden: Tensor | None,
-        labels: Tensor | None,
-        size: int,
-    ) -> None:
-        self.terms, self.options, self.size = terms, options, size
-        self.drafter, self.target = drafter, target
-        self.hidden, self.target_hidden, self.labels = hidden, target_hidden, labels
+    terms: dict[str, float]
+    options: Options
+    drafter: Head
+    target: Head | None
+    hidden: Tensor
+    target_hidden: Tensor | None
+    labels: Tensor | None
+    size: int
+    count: int
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor, Distributions]]:
-        """(rows, drafter logits before their temperature, both distributions) of each chunk."""
+    def __iter__(self) -> Iterator[slice]:
+        """The rows of each chunk."""
         for first in range(0, len(self.hidden), self.size):
-            rows = slice(first, first + self.size)
-            logits = self.drafter.logits(self.hidden[rows])
-            z = _heated(logits, self.options.drafter_temperature)
-            if self.target is None or self.target_hidden is None:
-                y = None
-            else:
-                y = self.target.logits(self.target_hidden[rows]).to(z.dtype)
-                y = _heated(y, self.options.target_temperature)
-            yield rows, logits, Distributions(z, y, None if self.labels is None else self.labels[rows])
+            yield slice(first, min(first + self.size, len(self.hidden)))
+
+    def raw_logits(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """What the drafter's and the target's heads give for a chunk, [R, V], as `Head.raw` does."""
+        z = self.drafter.raw(self.hidden[rows])
+        if self.target is None or self.target_hidden is None:
+            return z, None
+        return z, self.target.raw(self.target_hidden[rows])
+
+    def blocks(self, rows: slice, z: Tensor, y: Tensor | None) -> Iterator[tuple[slice, Tensor, Distributions]]:
+        """(rows of the chunk, drafter logits before their temperature, both distributions) of each block."""
+        labels = None if self.labels is None else self.labels[rows]
+        size = _block_rows(z.shape[1], z.device)
+        for first in range(0, len(z), size):
+            block = slice(first, first + size)
+            logits = self.drafter.finished(z[block])
+            target_logits = None
+            if self.target is not None and y is not None:
+                target_logits = self.target.finished(y[block]).to(logits.dtype)
+                target_logits = _heated(target_logits, self.options.target_temperature)
+            heated = _heated(logits, self.options.drafter_temperature)
+            yield block, logits, Distributions(heated, target_logits, None if labels is None else labels[block])
+
+    def differentiate(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """A chunk's loss, sums of its statistics, and gradient at the drafter's raw logits, [R, V] in their dtype."""
+        z, y = self.raw_logits(rows)
+        loss = torch.zeros((), dtype=torch.float64, device=z.device)
+        sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=z.device)
+        for block, logits, d in self.blocks(rows, z, y):
+            value, gradient = self._weighted_sum(d)
+            loss += value
+            if d.has_target:
+                sums += statistics(d)
+            z[block] = self.drafter.raw_gradient(gradient, logits)  # in place of the logits, which are done with
+            del d, gradient  # before the next block's are made
+        return loss, sums, z
+
+    def _weighted_sum(self, d: Distributions) -> tuple[Tensor, Tensor]:
+        """The losses of a block added up, and their gradient at the logits before their temperature."""
+        weighted = [(TERMS[term], weight) for term, weight in self.terms.items()]
+        if self.options.z_loss:
+            weighted.append((z_loss, self.options.z_loss))
+        loss, total = torch.zeros((), dtype=torch.float64, device=d.p.device), None
+        for term, weight in weighted:
+            value, gradient = term(d, self.options)
+            factor = weight / self.count
+            loss = loss + factor * value.sum()
+            gradient.mul_(factor / self.options.drafter_temperature)
+            total = gradient if total is None else total.add_(gradient)
+        assert total is not None
+        return loss, total
 
     @torch.no_grad()
     def mean_mu(self) -> Tensor:
-        """TVD++'s mean reward over the rows."""
-        total = sum((d.mu.double().sum() for _, _, d in self), torch.zeros((), dtype=torch.float64))
+        """TVD++'s mean reward over the rows, fp64."""
+        total = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
+        for rows in self:
+            for _, _, d in self.blocks(rows, *self.raw_logits(rows)):
+                total += d.mu.sum()
         return total / max(len(self.hidden), 1)
 
 
@@ -123,44 +210,52 @@ def _heated(logits: Tensor, temperature: float) -> Tensor:
 
 
 class _LinearDivergence(torch.autograd.Function):
-    """Loss and gradients in the forward pass; the backward pass only scales them."""
+    """Loss and gradients in the forward pass; the backward pass scales them and hands them on."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunks: _Chunks, count: int
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunks: _Chunks
     ) -> tuple[Tensor, Tensor]:
         """`hidden` [N, D], `weight` [V, D]; returns the loss and the sums of the statistics."""
-        dtype = working_dtype(hidden)
-        wanted = any(ctx.needs_input_grad)
-        ctx.hidden_gradient = torch.zeros_like(hidden) if wanted else None
-        ctx.weight_gradient = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wanted else None
-        ctx.bias_gradient = torch.zeros_like(bias, dtype=dtype) if wanted and bias is not None else None
+        hidden_wanted, weight_wanted, bias_wanted, _ = ctx.needs_input_grad
+        dtype, used = working_dtype(weight), slice(chunks.options.vocab_size)
+        hidden_gradient = torch.empty_like(hidden) if hidden_wanted else None
+        weight_gradient = torch.zeros_like(weight, dtype=dtype) if weight_wanted else None
+        bias_gradient = torch.zeros_like(bias, dtype=dtype) if bias_wanted and bias is not None else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=hidden.device)
-        for rows, logits, d in chunks:
-            gradient = torch.zeros(())
-            for term, factor in chunks.terms.items():
-                value, term_gradient = TERMS[term](d, chunks.options)
-                loss += factor * value.double().sum()
-                gradient = term_gradient.mul_(factor / count / chunks.options.drafter_temperature).add_(gradient)
-            if d.has_target:
-                sums += statistics(d)
-            if wanted:
-                raw = chunks.drafter.raw_gradient(gradient, logits).to(weight.dtype)
-                ctx.hidden_gradient[rows] = raw @ weight
-                ctx.weight_gradient += raw.T @ hidden[rows].to(weight.dtype)
-                if bias is not None:
-                    ctx.bias_gradient += raw.sum(0, dtype=dtype)
+        for rows in chunks:
+            chunk_loss, chunk_sums, gradient = chunks.differentiate(rows)
+            loss += chunk_loss
+            sums += chunk_sums
+            if hidden_gradient is not None:
+                hidden_gradient[rows] = gradient @ weight[used]
+            if weight_gradient is not None:
+                _add_product(weight_gradient[used], gradient.T, hidden[rows].to(weight.dtype))
+            if bias_gradient is not None:
+                bias_gradient[used] += gradient.sum(0, dtype=dtype)
+            del gradient  # before the next chunk's logits are made
+        ctx.gradients = (hidden_gradient, weight_gradient, bias_gradient)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(sums)
-        return (loss / count).to(dtype), sums
+        return loss.to(working_dtype(hidden)), sums
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        """The stored gradients times the gradient that arrives at the loss."""
-        stored = (ctx.hidden_gradient, ctx.weight_gradient, ctx.bias_gradient)
+        """The stored gradients times the gradient that arrives at the loss, in place: another [V, D] is not made."""
+        if ctx.gradients is None:
+            raise RuntimeError("linear_divergence: the gradients of this loss have been taken already; make it anew")
+        stored, ctx.gradients = ctx.gradients, None
         return (
-            *(g if g is None else (g * scale).to(dtype) for g, dtype in zip(stored, ctx.dtypes, strict=True)),
-            None,
+            *(None if g is None else g.mul_(scale).to(dtype) for g, dtype in zip(stored, ctx.dtypes, strict=True)),
             None,
         )
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the total's precision where that is theirs, else with the product rounded to theirs."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b

@@ -7,9 +7,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dist_train.losses.terms import Distributions
+from dist_train.losses.distributions import Distributions
 
-STATISTICS = ("acceptance", "greedy_acceptance", "top1_agreement", "mu")
+STATISTICS = (
+    "acceptance",
+    "greedy_acceptance",
+    "top1_agreement",
+    "mu",
+    "tvd",
+    "drafter_entropy",
+    "target_entropy",
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +27,8 @@ class DivergenceOutput:
     `loss`: sum over unmasked positions / `num_positions` as the caller gave it, differentiable. The others are means
     over the unmasked positions at hand, without gradient, and nan where there is no target: `acceptance` =
     sum min(p, q); `greedy_acceptance` = q(argmax p), what a server that drafts greedily accepts; `top1_agreement`;
-    `mu`, TVD++'s mean reward. `positions`: how many are unmasked.
+    `mu`, TVD++'s mean reward; `tvd`; the entropies in nats. All are of the distributions that the loss saw, after
+    their temperatures. `positions`: how many are unmasked.
     """
 
     loss: Tensor
@@ -27,23 +36,29 @@ class DivergenceOutput:
     greedy_acceptance: Tensor
     top1_agreement: Tensor
     mu: Tensor
+    tvd: Tensor
+    drafter_entropy: Tensor
+    target_entropy: Tensor
     positions: int
 
 
 def statistics(d: Distributions) -> Tensor:
-    """Sums over N positions of what STATISTICS names, [4], fp64: half a million terms of fp32 would lose digits."""
-    drafted = d.p.argmax(-1, keepdim=True)
+    """Sums over N positions of what STATISTICS names, fp64: half a million terms of fp32 would lose digits."""
+    drafted = d.drafter.top
     columns = (
         d.acceptance,
         d.q.gather(1, drafted)[:, 0],
-        (drafted[:, 0] == d.q.argmax(-1)).to(d.p.dtype),
+        (drafted == d.target.top)[:, 0],
         d.mu,
+        d.tvd,
+        d.drafter.entropy,
+        d.target.entropy,
     )
-    return torch.stack([column.detach().double().sum() for column in columns])
+    return torch.stack([column.double().sum() for column in columns])
 
 
 def make_output(loss: Tensor, sums: Tensor | None, positions: int) -> DivergenceOutput:
     """From the sums of the statistics (None: no target) to their means."""
     means = torch.full((len(STATISTICS),), torch.nan) if sums is None else sums / max(positions, 1)
-    acceptance, greedy_acceptance, top1_agreement, mu = means.to(loss.device, loss.dtype).unbind()
-    return DivergenceOutput(loss, acceptance, greedy_acceptance, top1_agreement, mu, positions)
+    named = dict(zip(STATISTICS, means.to(loss.device, loss.dtype).unbind(), strict=True))
+    return DivergenceOutput(loss=loss, positions=positions, **named)

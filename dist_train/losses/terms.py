@@ -2,17 +2,20 @@
 
 Notation: q target, p drafter, both [N, V]; sums over the vocabulary are exact. Every gradient is with respect to the
 drafter's logits z (after its temperature), p = softmax(z). For a loss f(p) with g = df/dp it is p * (g - sum(p * g)).
+Each is a new tensor that the caller may change. The forms are chosen so that fp32 keeps its digits where drafter and
+target nearly agree and where they exclude each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from dist_train.losses.distributions import LOWEST, Distributions, row_sum
 
 NAMES = ("kld", "rkl", "jsd", "tvd", "tvdpp", "lk", "ce")
 
@@ -23,7 +26,8 @@ class Options:
 
     `normalize`, `clamp` (least sigma) and `batch_mu` (mean reward of the batch, where the caller knows it) are for
     tvdpp; `beta` is the target's weight in jsd's mixture; `decay` turns lk into the hybrid; the temperatures divide
-    the logits.
+    the logits. `z_loss` is the weight of logsumexp(z)^2, which is added to whatever is named. `vocab_size`: columns
+    from there on are padding on either side, and treated as if they were not there.
     """
 
     normalize: Literal["batch", "position"] = "position"
@@ -33,55 +37,8 @@ class Options:
     decay: float | None = None
     drafter_temperature: float = 1.0
     target_temperature: float = 1.0
-
-
-class Distributions:
-    """Both distributions at N positions and what the losses need of them, each taken when first asked for.
-
-    Made from drafter logits `z` and target logits `y` (None where no loss compares), both [N, V], after their
-    temperatures; `labels`: the tokens that came next, [N], or None.
-    """
-
-    def __init__(self, z: Tensor, y: Tensor | None, labels: Tensor | None) -> None:
-        self._z, self._y, self.labels = z, y, labels
-        self.has_target = y is not None
-
-    @cached_property
-    def log_p(self) -> Tensor:
-        """The drafter's log-probabilities, [N, V]."""
-        return torch.log_softmax(self._z, -1)
-
-    @cached_property
-    def p(self) -> Tensor:
-        """The drafter's probabilities, [N, V]."""
-        return self.log_p.exp()
-
-    @cached_property
-    def log_q(self) -> Tensor:
-        """The target's log-probabilities, [N, V]."""
-        if self._y is None:
-            raise ValueError("a divergence needs the target")
-        return torch.log_softmax(self._y, -1)
-
-    @cached_property
-    def q(self) -> Tensor:
-        """The target's probabilities, [N, V]."""
-        return self.log_q.exp()
-
-    @cached_property
-    def reward(self) -> Tensor:
-        """TVD's reward r = 1[q > p], [N, V]."""
-        return (self.q > self.p).to(self.p.dtype)
-
-    @cached_property
-    def mu(self) -> Tensor:
-        """The drafter's expected reward, sum p r, [N]."""
-        return (self.p * self.reward).sum(-1)
-
-    @cached_property
-    def acceptance(self) -> Tensor:
-        """Probability that a drafted token is accepted, sum min(p, q), [N]."""
-        return torch.minimum(self.p, self.q).sum(-1)
+    z_loss: float = 0.0
+    vocab_size: int | None = None
 
 
 Term = Callable[[Distributions, Options], tuple[Tensor, Tensor]]
@@ -101,27 +58,23 @@ def needs_target(terms: Mapping[str, float]) -> bool:
     return any(term != "ce" for term in terms)
 
 
-def through_softmax(p: Tensor, g: Tensor) -> Tensor:
-    """p * (g - sum(p * g)): from a gradient at the probabilities to one at the logits, [N, V]."""
-    weighted = p * g
-    return weighted - p * weighted.sum(-1, keepdim=True)
-
-
-def _log_ratio(weights: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """a - b where `weights` is above 0, else 0: a vocabulary entry masked on both sides gives -inf - -inf."""
-    return torch.where(weights > 0, a - b, torch.zeros_like(a))
-
-
 def kld(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     """Forward KL, sum q log(q/p); gradient p - q."""
-    return (d.q * _log_ratio(d.q, d.log_q, d.log_p)).sum(-1), d.p - d.q
+    ratio = (d.target.shifted - d.drafter.shifted).mul_(d.q)
+    return unbounded(row_sum(ratio) + d.drafter.log_sum - d.target.log_sum), d.p - d.q
 
 
 def rkl(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
-    """Reverse KL, k = sum p log(p/q); gradient p * (log(p/q) - k)."""
-    ratio = _log_ratio(d.p, d.log_p, d.log_q)
-    value = (d.p * ratio).sum(-1)
-    return value, d.p * (ratio - value[:, None])
+    """Reverse KL, k = sum p log(p/q); gradient p * (log(p/q) - k).
+
+    Both logarithms are counted from the drafter's likeliest token: a constant drops out of the gradient, and where the
+    target excludes what the drafter says, the ratio is so large that the differences that matter would be rounded off.
+    """
+    origin = d.target.log_p_of(d.drafter.top)
+    ratio = d.drafter.shifted - d.target.log_p(origin)
+    mean = (d.p * ratio).sum(-1, keepdim=True)
+    value = mean[:, 0].double() - d.drafter.log_sum - origin
+    return unbounded(value), ratio.sub_(mean).mul_(d.p)
 
 
 def jsd(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
@@ -130,62 +83,81 @@ def jsd(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     The derivative of the mixture cancels, which leaves g = (1-beta) log(p/m).
     """
     beta = options.beta
-    log_m = torch.log(beta * d.q + (1 - beta) * d.p)
-    target_side = (d.q * _log_ratio(d.q, d.log_q, log_m)).sum(-1)
-    ratio = _log_ratio(d.p, d.log_p, log_m)
-    value = beta * target_side + (1 - beta) * (d.p * ratio).sum(-1)
-    return value, through_softmax(d.p, (1 - beta) * ratio)
+    target_side = row_sum(_log_share(d.q, d.p, 1 - beta).mul_(d.q))
+    ratio = _log_share(d.p, d.q, beta)
+    mean = (d.p * ratio).sum(-1, keepdim=True)
+    value = beta * target_side + (1 - beta) * mean[:, 0].double()
+    return value, ratio.sub_(mean).mul_(d.p).mul_(1 - beta)
+
+
+def _log_share(a: Tensor, b: Tensor, weight: float) -> Tensor:
+    """log(a / m), m = (1 - weight) a + weight b, [N, V]; finite where both are 0."""
+    return (b / a.clamp_min(torch.finfo(a.dtype).tiny)).sub_(1).mul_(weight).log1p_().neg_()
 
 
 def tvd(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     """Total variation, 1/2 sum |p - q| = 1 - sum min(p, q); gradient -p * (r - mu), r = 1[q > p], mu = sum p r."""
-    return 1 - d.acceptance, -d.p * (d.reward - d.mu[:, None])
+    return d.tvd, _tvd_gradient(d, torch.ones_like(d.mu))
+
+
+def _tvd_gradient(d: Distributions, scale: Tensor) -> Tensor:
+    """TVD's gradient times `scale` [N]: p (1 - r) mu - p r (1 - mu)."""
+    against, towards = ((scale * side).to(d.p.dtype)[:, None] for side in (d.mu, d.one_minus_mu))
+    return (d.unrewarded * against).addcmul_(d.rewarded, towards, value=-1)
 
 
 def tvdpp(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     """TVD++ (Goel et al., 2024): total variation as a policy gradient with normalised advantages.
 
-    Minimising TVD(p, q) is maximising the expected reward E_{x~p}[r(x)] with r(x) = 1[q(x) > p(x)] held fixed:
-        grad TVD = -sum_x p(x) r(x) grad log p(x) = E_{x~p}[grad log p(x) * (-r(x))].
-    Variance reduction puts the advantage (r - mu) / sigma in place of r:
-        grad TVD++ = E_{x~p}[grad log p(x) * (-(r(x) - mu) / sigma)].
-    Summed exactly over the vocabulary the baseline mu drops out (E_p[grad log p] = 0), and with
-    grad_z log p(x) = 1_x - p the gradient at logit j is  -p_j (r_j - mu_n) / sigma,  mu_n = sum_j p_j r_j:
-    TVD's gradient over sigma. What remains of TVD++ is where sigma is taken:
-        position: sigma_n^2 = mu_n (1 - mu_n), the reward's own variance at that position: positions at which drafter
-                  and target nearly agree or nearly exclude each other weigh more than in TVD;
+    Minimising TVD(p, q) is maximising E_{x~p}[r(x)] with the reward r(x) = 1[q(x) > p(x)] held fixed:
+        grad TVD = E_{x~p}[grad log p(x) * (-r(x))].
+    TVD++ puts the advantage (r - mu) / sigma in place of r. The expectation here is exact, so mu drops out of it
+    (E_p[grad log p] = 0), and with grad_z log p(x) = 1_x - p the gradient at logit j is
+        -p_j (r_j - mu_n) / sigma,  mu_n = sum_j p_j r_j:  TVD's gradient over sigma.
+    What remains of TVD++ is where sigma is taken:
+        position: sigma_n^2 = mu_n (1 - mu_n), the reward's variance at that position: positions at which drafter and
+                  target nearly agree or nearly exclude each other weigh more than in TVD;
         batch:    sigma^2 = m (1 - m), m = mean of mu_n over the global batch: one scale for all, which Adam cancels,
                   save for its change over time and its weight against other terms of a sum.
     The value is TVD / sigma with sigma held fixed. `clamp` only guards 0/0: the gradient is bounded by 1/2 anyway.
     """
-    value, gradient = tvd(d, options)
-    sigma = advantage_deviation(d.mu, options)
-    return value / sigma, gradient / (sigma[:, None] if sigma.ndim else sigma)
+    scale = (1 / advantage_deviation(d.mu, d.one_minus_mu, options)).expand_as(d.mu)
+    return d.tvd * scale, _tvd_gradient(d, scale)
 
 
-def advantage_deviation(mu: Tensor, options: Options) -> Tensor:
-    """TVD++'s sigma: [N] per position, a scalar for the batch."""
+def advantage_deviation(mu: Tensor, one_minus_mu: Tensor, options: Options) -> Tensor:
+    """TVD++'s sigma from mu and 1 - mu [N], fp64: [N] per position, a scalar for the batch."""
     if options.normalize == "position":
-        mean = mu
-    elif options.batch_mu is not None:
-        mean = torch.as_tensor(options.batch_mu, dtype=mu.dtype, device=mu.device)
+        variance = mu * one_minus_mu
     else:
-        mean = mu.mean()
-    return torch.sqrt((mean * (1 - mean)).clamp_min(options.clamp**2))  # rounding can put the mean above 1
+        mean = mu.mean() if options.batch_mu is None else torch.as_tensor(options.batch_mu).to(mu)
+        variance = mean * (1 - mean)
+    return torch.sqrt(variance.clamp_min(options.clamp**2))  # rounding can put the mean above 1
 
 
 def lk(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
-    """-log(acceptance), gradient TVD's over acceptance; with `decay` the hybrid w KL + (1-w)(1-acceptance).
+    """-log a, a = acceptance = sum min(p, q); with `decay` the hybrid w KL + (1-w)(1-a).
 
-    w = exp(-decay * acceptance), held fixed: KL while the two are far apart, acceptance itself once they are close.
+    The gradient is TVD's over a. With s = min(p, q) / a, itself a softmax, of the lesser log-probability, it is
+    -(r s - p sum(r s)), which stays exact where a is too small for a floating-point number.
+    w = exp(-decay * a), held fixed: KL while the two are far apart, acceptance itself once they are close.
     """
-    distance, gradient = tvd(d, options)
-    if options.decay is None:
-        floor = d.acceptance.clamp_min(torch.finfo(d.acceptance.dtype).tiny)
-        return -torch.log(floor), gradient / floor[:, None]
-    w = torch.exp(-options.decay * d.acceptance)
-    kl, kl_gradient = kld(d, options)
-    return w * kl + (1 - w) * distance, w[:, None] * kl_gradient + (1 - w)[:, None] * gradient
+    if options.decay is not None:
+        w = torch.exp(-options.decay * d.acceptance)
+        kl, kl_gradient = kld(d, options)
+        gradient = kl_gradient.mul_(w.to(d.p.dtype)[:, None]).add_(_tvd_gradient(d, 1 - w))
+        return w * kl + (1 - w) * d.tvd, gradient
+    # Logarithms are counted from the largest of min(p, q), which may be as low as -1e4: first roughly, then exactly.
+    zero = torch.zeros_like(d.mu)
+    origin = torch.minimum(d.drafter.log_p(zero), d.target.log_p(zero)).amax(-1).double()
+    log_p, log_q = d.drafter.log_p(origin), d.target.log_p(origin)
+    rewarded = (log_q - log_p).sign_().clamp_(min=0)
+    lesser = torch.minimum(log_p, log_q).exp_()
+    total = lesser.sum(-1, keepdim=True, dtype=torch.float64)
+    total.clamp_(min=torch.finfo(lesser.dtype).tiny)  # nothing in common: the loss is inf, its gradient 0
+    rewarded.mul_(lesser.div_(total.to(lesser.dtype)))
+    gradient = (d.p * rewarded.sum(-1, keepdim=True)).sub_(rewarded)
+    return unbounded(-origin - total[:, 0].log()), gradient
 
 
 def ce(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
@@ -195,7 +167,18 @@ def ce(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     labels = d.labels[:, None]
     gradient = d.p.clone()
     gradient.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=d.p.dtype))
-    return -d.log_p.gather(1, labels)[:, 0], gradient
+    return unbounded(d.drafter.log_sum - d.drafter.shifted.gather(1, labels)[:, 0].double()), gradient
+
+
+def z_loss(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
+    """logsumexp(z)^2, which keeps logits from drifting (Chowdhery et al., 2022, PaLM); gradient 2 logsumexp(z) p."""
+    log_sum = d.drafter.largest + d.drafter.log_sum
+    return log_sum**2, d.p * (2 * log_sum).to(d.p.dtype)[:, None]
 
 
 TERMS: dict[str, Term] = {"kld": kld, "rkl": rkl, "jsd": jsd, "tvd": tvd, "tvdpp": tvdpp, "lk": lk, "ce": ce}
+
+
+def unbounded(value: Tensor) -> Tensor:
+    """Values [N] with inf where one side gives weight to a token that the other has masked out with -inf."""
+    return value + torch.where(value > abs(LOWEST) ** 0.5, torch.inf, 0.0)

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from dist_train.config import LossSection
-from dist_train.losses import Head, linear_divergence
+from dist_train.losses import STATISTICS, Head, linear_divergence
 from dist_train.target import Target
 
-LossFunction = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
+__all__ = ["STATISTICS", "LossFunction", "Objective"]
 
-STATISTICS = ("acceptance", "greedy_acceptance", "top1_agreement", "mu")
-"""Columns of the statistics that a loss function returns: sums over this rank's unmasked positions."""
+LossFunction = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
 
 
 class Objective:
@@ -34,8 +33,10 @@ class Objective:
         self._chunk_size = loss.chunk_size
         self._options = {
             "normalize": loss.tvdpp_normalize,
+            "clamp": loss.tvdpp_clamp,
             "beta": loss.jsd_beta,
             "decay": loss.lk_decay,
+            "z_loss": loss.z_loss,
             "drafter_temperature": loss.drafter_temperature,
             "target_temperature": loss.target_temperature,
         }
@@ -45,7 +46,7 @@ class Objective:
 
         `labels`, `mask` [B, T], `target_hidden` [B, T, E]; `num_positions` counts the unmasked positions of the whole
         global batch, so that the sum over micro-batches and ranks is the mean over it. The function returns the loss
-        and, for logging, sums over the unmasked positions, [len(STATISTICS)].
+        and, for logging, sums of STATISTICS over this rank's unmasked positions, [len(STATISTICS)].
         """
 
         def loss_function(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:

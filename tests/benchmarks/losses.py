@@ -1,0 +1,306 @@
+"""Time and peak memory of the losses, forward and backward, against what one would write or install instead.
+
+    python tests/benchmarks/losses.py --rows 1024 4096 16384 --vocab 32000 152064
+
+Every measurement is a process of its own: hidden states and both heads are made, the loss is taken and differentiated
+to the drafter's hidden states and head weight. Memory is what the first call adds to the level before it: the rise of
+peak RSS on a CPU, the allocator's peak on CUDA (torch.compile is called once before). Time is the median of the calls
+after the first. Prints a Markdown table; "no room" where memory did not suffice, "-" where a peer has no such loss.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dist_train.losses import NAMES, linear_divergence
+
+MIB = 2**20
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NO_ROOM = "no room"
+# Generalised JSD's beta of the public implementations, whose ends are the two KL divergences.
+JSD_BETA = {"kld": 0.0, "rkl": 1.0, "jsd": 0.5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: which implementation of which loss at which size."""
+
+    path: str
+    name: str
+    rows: int
+    vocab: int
+    drafter_hidden: int
+    target_hidden: int
+    dtype: str
+    device: str
+    repeats: int
+
+
+@dataclass
+class Inputs:
+    """Hidden states [N, D] and head weight [V, D] of the drafter, [N, E] and [V, E] of the target, labels [N]."""
+
+    hidden: Tensor
+    weight: Tensor
+    target_hidden: Tensor
+    target_weight: Tensor
+    labels: Tensor
+
+
+# -- the implementations ----------------------------------------------------------------------------------------
+
+
+def ours(name: str, x: Inputs) -> Tensor:
+    """The chunked head."""
+    target = (None, None) if name == "ce" else (x.target_hidden, x.target_weight)
+    return linear_divergence(name, x.hidden, x.weight, *target, labels=x.labels).loss
+
+
+def both_logits(x: Inputs) -> tuple[Tensor, Tensor]:
+    """Drafter's and target's logits, [N, V]."""
+    with torch.no_grad():
+        y = x.target_hidden @ x.target_weight.T
+    return x.hidden @ x.weight.T, y
+
+
+def dense(name: str, x: Inputs) -> Tensor:
+    """The definitions in plain torch, fp32 from the logits on."""
+    if name == "ce":
+        return F.cross_entropy((x.hidden @ x.weight.T).float(), x.labels)
+    z, y = both_logits(x)
+    log_p, log_q = torch.log_softmax(z.float(), -1), torch.log_softmax(y.float(), -1)
+    if name == "kld":
+        return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True)
+    if name == "rkl":
+        return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    p, q = log_p.exp(), log_q.exp()
+    if name == "jsd":
+        log_m = ((p + q) / 2).log()
+        to_target = F.kl_div(log_m, log_q, reduction="batchmean", log_target=True)
+        return (to_target + F.kl_div(log_m, log_p, reduction="batchmean", log_target=True)) / 2
+    if name == "lk":
+        return -torch.minimum(p, q).sum(-1).log().mean()
+    distance = (p - q).abs().sum(-1) / 2
+    if name == "tvd":
+        return distance.mean()
+    mu = (p.detach() * (q > p)).sum(-1)
+    return (distance / (mu * (1 - mu)).sqrt().clamp_min(1e-6)).mean()
+
+
+def trl(name: str, x: Inputs) -> Tensor | None:
+    """TRL's generalised JSD of whole logits."""
+    if name not in JSD_BETA:
+        return None
+    from trl.experimental.gkd import GKDTrainer
+
+    z, y = both_logits(x)
+    return GKDTrainer.generalized_jsd_loss(z.float(), y.float(), beta=JSD_BETA[name])
+
+
+def liger(name: str, x: Inputs) -> Tensor | None:
+    """Liger's chunked JSD, which compiles itself."""
+    if name not in JSD_BETA:
+        return None
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=JSD_BETA[name])
+    out = loss(x.hidden, x.weight, x.target_hidden, x.target_weight, x.labels)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def liger_triton(name: str, x: Inputs) -> Tensor | None:
+    """Liger's Triton kernels: both heads fused for JSD and cross-entropy, whole logits for TVD."""
+    from liger_kernel import transformers as kernels
+
+    if name in JSD_BETA:
+        fused = kernels.LigerFusedLinearJSD(jsd_beta=JSD_BETA[name])
+        return fused(x.hidden, x.weight, x.target_hidden, x.target_weight)
+    if name == "ce":
+        return kernels.LigerFusedLinearCrossEntropyLoss()(x.weight, x.hidden, x.labels)
+    if name == "tvd":
+        z, y = both_logits(x)
+        return kernels.LigerTVDLoss(reduction="batchmean")(z.float().softmax(-1), y.float().softmax(-1))
+    return None
+
+
+PATHS: dict[str, Callable[[str, Inputs], Tensor | None]] = {
+    "ours": ours,
+    "dense": dense,
+    "compiled": torch.compile(dense),
+    "trl": trl,
+    "liger": liger,
+    "liger-triton": liger_triton,
+}
+PATHS_OF = {"cpu": ("dense", "compiled", "trl", "liger"), "cuda": tuple(path for path in PATHS if path != "ours")}
+
+
+# -- one measurement, in its own process ------------------------------------------------------------------------
+
+
+def measure(case: Case) -> dict[str, float | str | None]:
+    """Seconds and MiB of one case; both None where the peer has no such loss."""
+    x = make_inputs(case)
+    if case.device == "cpu":
+        allow_no_more_than_there_is()
+    try:
+        if case.path == "compiled" and run(case, x) is not None:
+            free_what_can_be_freed(case)
+        level = memory_before(case)
+        if run(case, x) is None:
+            return {"seconds": None, "mib": None}
+        rise = (peak_memory(case) - level) / MIB
+        times = []
+        for _ in range(case.repeats):
+            started = time.perf_counter()
+            run(case, x)
+            times.append(time.perf_counter() - started)
+    except (RuntimeError, MemoryError) as error:  # CUDA's out-of-memory error is a RuntimeError
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        return {"seconds": NO_ROOM, "mib": NO_ROOM}
+    return {"seconds": statistics.median(times), "mib": rise}
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Logits of a deviation of about 2 on either side."""
+    g = torch.Generator(case.device).manual_seed(0)
+    dtype = DTYPES[case.dtype]
+
+    def normal(rows: int, width: int, scale: float) -> Tensor:
+        return torch.empty(rows, width, dtype=dtype, device=case.device).normal_(0, scale, generator=g)
+
+    return Inputs(
+        hidden=normal(case.rows, case.drafter_hidden, 1.0).requires_grad_(),
+        weight=normal(case.vocab, case.drafter_hidden, 2 * case.drafter_hidden**-0.5).requires_grad_(),
+        target_hidden=normal(case.rows, case.target_hidden, 1.0),
+        target_weight=normal(case.vocab, case.target_hidden, 2 * case.target_hidden**-0.5),
+        labels=torch.randint(case.vocab, (case.rows,), device=case.device, generator=g),
+    )
+
+
+def run(case: Case, x: Inputs) -> float | None:
+    """The loss, once forward and backward."""
+    x.hidden.grad = x.weight.grad = None
+    loss = PATHS[case.path](case.name, x)
+    if loss is None:
+        return None
+    loss.backward()
+    if case.device == "cuda":
+        torch.cuda.synchronize()
+    return loss.item()
+
+
+def allow_no_more_than_there_is() -> None:
+    """Turns running out of memory into an error of the allocation, before the kernel ends the process."""
+    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    limit = process_memory("VmSize") + int(available.split()[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def process_memory(key: str) -> int:
+    """Bytes of a line of /proc/self/status: VmSize, VmRSS, VmHWM (the peak of VmRSS)."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def free_what_can_be_freed(case: Case) -> None:
+    """As if nothing had been called yet."""
+    gc.collect()
+    if case.device == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def memory_before(case: Case) -> int:
+    """The level in bytes; from here on the peak is counted."""
+    if case.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return process_memory("VmRSS")
+
+
+def peak_memory(case: Case) -> int:
+    """The highest level since `memory_before`, in bytes."""
+    return torch.cuda.max_memory_allocated() if case.device == "cuda" else process_memory("VmHWM")
+
+
+# -- all of them ------------------------------------------------------------------------------------------------
+
+
+def measured_apart(case: Case) -> dict[str, float | str | None]:
+    """`measure` in a fresh process."""
+    command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode < 0:  # ended by the kernel
+        return {"seconds": NO_ROOM, "mib": NO_ROOM}
+    if done.returncode > 0:
+        return {"seconds": done.stderr.strip().splitlines()[-1][:60], "mib": "failed"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def ratio(ours: float | str | None, peer: float | str | None) -> str:
+    """Ours over the peer's."""
+    return f"{ours / peer:.3f}" if isinstance(ours, float) and isinstance(peer, float) else ""
+
+
+def shown(value: float | str | None, form: str) -> str:
+    """A cell of the table."""
+    if value is None:
+        return "-"
+    return format(value, form) if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Reads the sizes, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", default=list(NAMES), choices=NAMES)
+    parser.add_argument("--paths", nargs="+", choices=[path for path in PATHS if path != "ours"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[4096])
+    parser.add_argument("--vocab", nargs="+", type=int, default=[32_000])
+    parser.add_argument("--drafter-hidden", type=int, default=1024)
+    parser.add_argument("--target-hidden", type=int, default=4096)
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--device", choices=PATHS_OF, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(measure(Case(**json.loads(arguments.one)))))
+        return
+
+    machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"torch {torch.__version__}, {machine}, {arguments.dtype}, drafter {arguments.drafter_hidden} wide, ", end="")
+    print(f"target {arguments.target_hidden} wide; ratios are ours over the peer's\n")
+    print("| N | V | loss | path | seconds | MiB | time ratio | memory ratio |\n|--|--|--|--|--|--|--|--|")
+    for vocab in arguments.vocab:
+        for rows in arguments.rows:
+            for name in arguments.names:
+                found = {}
+                for path in ("ours", *(arguments.paths or PATHS_OF[arguments.device])):
+                    sizes = (rows, vocab, arguments.drafter_hidden, arguments.target_hidden)
+                    case = Case(path, name, *sizes, arguments.dtype, arguments.device, arguments.repeats)
+                    seconds, mib = found[path] = tuple(measured_apart(case).values())
+                    ratios = [ratio(*pair) for pair in zip(found["ours"], found[path], strict=True)]
+                    cells = (rows, vocab, name, path, shown(seconds, ".2f"), shown(mib, ".0f"), *ratios)
+                    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
