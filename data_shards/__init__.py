@@ -2,12 +2,14 @@
 
 from data_shards.errors import DataError
 from data_shards.format import Encoding, ShardedTokens, ShardWriter
-from data_shards.loader import Batch, Source, TokenLoader
-from data_shards.order import GlobalOrder, MixtureOrder
+from data_shards.loader import Source, TokenLoader
+from data_shards.order import BlockOrder, GlobalOrder, MixtureOrder
 from data_shards.prepare import Encoded, PrepareSummary, Rejected, prepare
+from data_shards.samples import Batch
 
 __all__ = [
     "Batch",
+    "BlockOrder",
     "DataError",
     "Encoded",
     "Encoding",

@@ -14,7 +14,7 @@ Readers memory-map; opening costs the index and a `stat` of each file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -232,7 +232,7 @@ class ShardedTokens:
         self._open = lru_cache(maxsize=256)(_open)
         self._token_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])
         self._document_starts = np.cumsum([0] + [shard["documents"] for shard in self.index["shards"]])
-        self._raise_for(self._misfits(read_bytes=False))
+        self._raise_for(self._misfits(slice(None), read_bytes=False))
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -242,7 +242,27 @@ class ShardedTokens:
 
     def __getitem__(self, where: slice) -> Array:
         """Token ids of a range, [stop - start], in the stored type; a range across shards is joined."""
-        return self._range("tokens", token_dtype(self.encoding.vocab_size), where)
+        return self._range("tokens", self.dtype, where)
+
+    def read(self, start: int, stop: int) -> Array:
+        """Token ids of a range by one read call a shard: for long ranges, where a memory map reads page by page."""
+        parts = [
+            np.fromfile(self._shard_path(shard, "tokens"), self.dtype, last - first, offset=first * self.dtype.itemsize)
+            for shard, first, last in self._spans(start, stop)
+        ]
+        found = np.concatenate(parts) if parts else np.empty(0, self.dtype)
+        if len(found) != stop - start:
+            raise DataError(f"{self.path}: a token file became shorter while it was read; prepare it again")
+        return found
+
+    def document_starts(self, start: int, stop: int) -> Array:
+        """The tokens of a range with which a document begins, int64, counted from `start`."""
+        found = [np.empty(0, np.int64)]
+        for shard, first, last in self._spans(start, stop):
+            offsets = self._file(shard, "offsets", np.dtype("<u8"))[:-1]
+            begin, end = np.searchsorted(offsets, np.array([first, last], dtype="<u8"))
+            found.append(offsets[begin:end].astype(np.int64) + (int(self._token_starts[shard]) - start))
+        return np.concatenate(found)
 
     def mask(self, where: slice) -> Array:
         """1 on response tokens, 0 elsewhere, uint8 [stop - start]; all ones for plain text."""
@@ -265,6 +285,11 @@ class ShardedTokens:
         local = i - int(self._document_starts[shard])
         base = int(self._token_starts[shard])
         return base + int(offsets[local]), base + int(offsets[local + 1])
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of one token id on disk."""
+        return token_dtype(self.encoding.vocab_size)
 
     @property
     def has_mask(self) -> bool:
@@ -302,16 +327,16 @@ class ShardedTokens:
 
     # -- integrity ----------------------------------------------------------------------------------------------
 
-    def verify(self) -> None:
-        """Read every byte and compare checksums. Raises one DataError that names every bad file."""
-        self._raise_for(self._misfits(read_bytes=True))
+    def verify(self, rank: int = 0, world_size: int = 1) -> None:
+        """Read every byte of every `world_size`-th file and compare. Raises one DataError that names all bad files."""
+        self._raise_for(self._misfits(slice(rank, None, world_size), read_bytes=True))
 
-    def _misfits(self, read_bytes: bool) -> list[str]:
+    def _misfits(self, which: slice, *, read_bytes: bool) -> list[str]:
         """What is wrong with the files, one line each."""
         files = {name: record for shard in self.index["shards"] for name, record in shard["files"].items()}
         files.update((self.index["packs"] or {}).get("files", {}))
         found = []
-        for name, record in files.items():
+        for name, record in list(files.items())[which]:
             path = self.path / name
             if not path.exists():
                 found.append(f"{name} is missing")
@@ -331,17 +356,23 @@ class ShardedTokens:
         start, stop, step = where.indices(self.num_tokens)
         if step != 1:
             raise ValueError("a range of tokens has step 1")
-        first = int(np.searchsorted(self._token_starts, start, side="right")) - 1
-        parts = []
-        for shard in range(first, len(self.index["shards"])):
-            base = int(self._token_starts[shard])
-            if base >= stop:
-                break
-            parts.append(self._file(shard, kind, dtype)[max(start - base, 0) : stop - base])
+        parts = [self._file(shard, kind, dtype)[first:last] for shard, first, last in self._spans(start, stop)]
         return np.concatenate(parts) if parts else np.empty(0, dtype)
 
+    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, its first token, the one after its last) of each shard that a range of tokens touches."""
+        shard = int(np.searchsorted(self._token_starts, start, side="right")) - 1
+        while start < stop:
+            base, end = int(self._token_starts[shard]), int(self._token_starts[shard + 1])
+            if end > start:
+                yield shard, start - base, min(stop, end) - base
+            start, shard = max(start, end), shard + 1
+
+    def _shard_path(self, shard: int, kind: str) -> Path:
+        return self.path / f"{self.index['shards'][shard]['name']}.{kind}"
+
     def _file(self, shard: int, kind: str, dtype: np.dtype[Any]) -> Array:
-        return self._open(self.path / f"{self.index['shards'][shard]['name']}.{kind}", dtype)
+        return self._open(self._shard_path(shard, kind), dtype)
 
 
 def _open(path: Path, dtype: np.dtype[Any]) -> Array:

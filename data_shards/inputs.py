@@ -75,6 +75,22 @@ def find_files(inputs: str | Sequence[str]) -> list[InputFile]:
     return files
 
 
+def dataset_files(path: str, name: str | None = None, split: str = "train", revision: str | None = None) -> list[str]:
+    """Paths or URLs of the files of a dataset, a hub id or a folder, as `datasets` resolves them.
+
+    Raises DataError where there is no such dataset, configuration or split, or it has no files but code.
+    """
+    from datasets import load_dataset_builder
+
+    try:
+        found = load_dataset_builder(path, name, revision=revision).config.data_files or {}
+    except Exception as error:  # datasets raises what its many sources raise
+        raise DataError(f"dataset {path}: {str(error).splitlines()[0]}") from error
+    if split not in found:
+        raise DataError(f"dataset {path}: no files for split {split!r}; it has {', '.join(found) or 'none'}")
+    return list(map(str, found[split]))
+
+
 def plan_units(files: Sequence[InputFile], unit_bytes: int = UNIT_BYTES) -> list[Unit]:
     """Cut line files and Parquet files into parts of about `unit_bytes`; a compressed file is one unit."""
     units: list[Unit] = []

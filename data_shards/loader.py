@@ -9,96 +9,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from data_shards.errors import DataError
-from data_shards.format import Array, ShardedTokens
+from data_shards.format import ShardedTokens
 from data_shards.order import MixtureOrder
-
-
-class Sample(NamedTuple):
-    """One sequence of length T: four int64 arrays [T].
-
-    `labels[t]` is the token after `input_ids[t]`; `mask[t]` is 1 where its prediction is trained; `positions` begin
-    anew with each document that must not attend to the one before it.
-    """
-
-    input_ids: Array
-    labels: Array
-    mask: Array
-    positions: Array
-
-
-class Batch(NamedTuple):
-    """A micro-batch: the arrays of `Sample`, stacked to [B, T]."""
-
-    input_ids: Array
-    labels: Array
-    mask: Array
-    positions: Array
+from data_shards.samples import Batch, samples_of
 
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus and its share of the mixture."""
+    """A corpus and its share of the mixture: relative to the others, or as `epochs` times its size."""
 
     corpus: ShardedTokens
     weight: float = 1.0
-
-
-class _Text:
-    """Consecutive sequences of a plain corpus; documents run on within a sequence."""
-
-    def __init__(self, corpus: ShardedTokens, sequence_length: int) -> None:
-        self.corpus, self.length = corpus, sequence_length
-        self.size = (len(corpus) - 1) // sequence_length  # the last label is a token too
-        if self.size < 1:
-            raise DataError(f"{corpus.path}: its {len(corpus)} tokens are not one sequence of {sequence_length}")
-
-    def __getitem__(self, i: int) -> Sample:
-        tokens = self.corpus[i * self.length : (i + 1) * self.length + 1].astype(np.int64)
-        return Sample(tokens[:-1], tokens[1:], np.ones(self.length, np.int64), np.arange(self.length))
-
-
-class _Conversations:
-    """Packed documents; trained on responses only, positions restart with each document."""
-
-    def __init__(self, corpus: ShardedTokens, sequence_length: int) -> None:
-        self.corpus, self.length = corpus, sequence_length
-        self.size = corpus.num_packs
-        if corpus.packed_length != sequence_length:
-            raise DataError(
-                f"{corpus.path}: packed for sequences of {corpus.packed_length}, not {sequence_length}; "
-                "prepare it again or set data.sequence_length"
-            )
-
-    def __getitem__(self, i: int) -> Sample:
-        capacity = self.length + 1
-        tokens, mask = np.zeros(capacity, np.int64), np.zeros(capacity, np.int64)
-        positions = np.zeros(capacity, np.int64)
-        at = 0
-        for document in self.corpus.pack(i):
-            start, stop = self.corpus.document_range(int(document))
-            stop = min(stop, start + capacity - at)
-            end = at + stop - start
-            tokens[at:end] = self.corpus[start:stop]
-            mask[at:end] = self.corpus.mask(slice(start, stop))
-            positions[at:end] = np.arange(end - at)
-            mask[at] = 0  # nothing precedes a document's first token that could predict it
-            at = end
-        positions[at:] = np.arange(capacity - at)  # padding is a document of its own: it attends to nothing real
-        return Sample(tokens[:-1], tokens[1:], mask[1:], positions[:-1])
+    epochs: float | None = None
 
 
 class TokenLoader:
     """Iterates over global steps; each is this rank's list of micro-batches, equally many on every rank.
 
-    `global_batch`: sequences per optimizer step over all ranks; `micro_batch`: sequences per forward pass on one rank.
-    Raises DataError when the sources do not fit together, ValueError when the batch cannot be cut equally.
+    `global_batch`: sequences per optimizer step over all ranks; `micro_batch`: sequences per forward pass on one rank;
+    `separate_documents`: those of plain text do not attend to each other, as conversations never do; `prefetch`: steps
+    that a thread reads ahead. Raises DataError when the sources do not fit together, ValueError when the batch cannot
+    be cut equally or only some of the sources have `epochs`.
     """
 
     def __init__(
@@ -111,22 +51,29 @@ class TokenLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        separate_documents: bool = False,
+        prefetch: int = 2,
     ) -> None:
         if global_batch % (micro_batch * world_size):
             raise ValueError(
                 f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x {world_size} ranks"
             )
         _check_same_encoding(sources)
-        self._samples = [
-            (_Conversations if source.corpus.num_packs else _Text)(source.corpus, sequence_length) for source in sources
-        ]
-        sizes = [samples.size for samples in self._samples]
-        self._order = MixtureOrder(sizes, [source.weight for source in sources], seed)
-        self._share = global_batch // world_size
+        self._samples = [samples_of(source.corpus, sequence_length, separate=separate_documents) for source in sources]
+        self._order = MixtureOrder(
+            [samples.size for samples in self._samples],
+            _weights(sources, [samples.size for samples in self._samples]),
+            seed,
+            [samples.block for samples in self._samples],
+        )
+        self._length, self._share = sequence_length, global_batch // world_size
         self._first = rank * self._share
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._step = 0
-        self._fingerprint = _fingerprint(sources, sequence_length, global_batch, seed)
+        self._fingerprint = _fingerprint(sources, sequence_length, global_batch, seed, separate_documents)
+        self._prefetch = prefetch
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="token-loader")
+        self._ahead: deque[Future[list[Batch]]] = deque()
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Endless: epochs follow each other, each in its own order."""
@@ -134,7 +81,9 @@ class TokenLoader:
 
     def __next__(self) -> list[Batch]:
         """The next global step's micro-batches of this rank."""
-        batches = self.step(self._step)
+        while len(self._ahead) <= self._prefetch:
+            self._ahead.append(self._reader.submit(self.step, self._step + len(self._ahead)))
+        batches = self._ahead.popleft().result()
         self._step += 1
         return batches
 
@@ -142,11 +91,19 @@ class TokenLoader:
         """This rank's micro-batches of global step `step`; does not move the iterator."""
         first = step * self._global_batch + self._first
         sources, indices = self._order.locate(np.arange(first, first + self._share))
-        samples = [self._samples[source][int(i)] for source, i in zip(sources, indices, strict=True)]
+        whole = Batch.empty(self._share, self._length)
+        for source, samples in enumerate(self._samples):
+            rows = np.flatnonzero(sources == source)
+            samples.fill(whole, rows, indices[rows])
         return [
-            Batch(*map(np.stack, zip(*samples[at : at + self._micro_batch], strict=True)))
+            Batch(*(array[at : at + self._micro_batch] for array in whole))
             for at in range(0, self._share, self._micro_batch)
         ]
+
+    def epochs(self) -> list[float]:
+        """How often each source has been gone through before the next step."""
+        drawn = self._order.drawn(self._step * self._global_batch)
+        return [count / samples.size for count, samples in zip(drawn, self._samples, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
         """The next step, and a fingerprint of everything that decides which samples it has."""
@@ -159,7 +116,19 @@ class TokenLoader:
                 "the training data, its weights, sequence length, global batch or seed changed since the checkpoint; "
                 "restore them, or warm-start a new run with drafter.init_from"
             )
+        for read_ahead in self._ahead:
+            read_ahead.cancel()
+        self._ahead.clear()
         self._step = state["step"]
+
+
+def _weights(sources: Sequence[Source], sizes: Sequence[int]) -> list[float]:
+    if len({source.epochs is None for source in sources}) > 1:
+        raise ValueError("give every source of the mixture epochs, or none")
+    return [
+        source.weight if source.epochs is None else source.epochs * size
+        for source, size in zip(sources, sizes, strict=True)
+    ]
 
 
 def _check_same_encoding(sources: Sequence[Source]) -> None:
@@ -172,5 +141,8 @@ def _check_same_encoding(sources: Sequence[Source]) -> None:
 
 def _fingerprint(sources: Sequence[Source], *settings: int) -> str:
     """Changes when any byte of any shard, the weights or the settings change."""
-    shards = [[source.corpus.index["shards"], source.corpus.index["packs"], source.weight] for source in sources]
+    shards = [
+        [source.corpus.index["shards"], source.corpus.index["packs"], source.weight, source.epochs]
+        for source in sources
+    ]
     return hashlib.sha256(json.dumps([shards, settings], sort_keys=True).encode()).hexdigest()

@@ -20,7 +20,7 @@ class GlobalOrder:
     the work of one pass on average. The round keys are a hash of seed and epoch.
     """
 
-    def __init__(self, num_samples: int, seed: int, epoch: int = 0) -> None:
+    def __init__(self, num_samples: int, seed: int | str, epoch: int = 0) -> None:
         if num_samples < 1:
             raise ValueError(f"an order of {num_samples} samples")
         self.num_samples = num_samples
@@ -59,21 +59,56 @@ def _mix(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return values ^ (values >> np.uint64(31))
 
 
+class BlockOrder:
+    """A permutation of `range(num_samples)` that reads a parallel file system in blocks instead of single samples.
+
+    `block` neighbouring samples are a block. The blocks are permuted, and the samples of `WINDOW` blocks at a time are
+    permuted among each other: whoever reads positions in order needs `WINDOW` blocks at a time and each of them once.
+    A corpus of one window is permuted whole. No memory, no set-up; the last, short block stays in the last window.
+    """
+
+    WINDOW = 64
+
+    def __init__(self, num_samples: int, seed: int | str, epoch: int = 0, *, block: int = 1) -> None:
+        self.num_samples, self.block = num_samples, block
+        self._key, self._window = f"{seed}/{epoch}", self.WINDOW * block
+        self._whole = GlobalOrder(num_samples, seed, epoch) if num_samples <= self._window else None
+        self._num_blocks = num_samples // block  # whole ones
+        self._blocks = GlobalOrder(max(self._num_blocks, 1), self._key)
+
+    def __getitem__(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The samples at an array of positions."""
+        if self._whole is not None:
+            return np.asarray(self._whole[positions], dtype=np.int64)
+        windows, within = np.divmod(positions, self._window)
+        for window in np.unique(windows):
+            here = windows == window
+            size = min(self._window, self.num_samples - int(window) * self._window)
+            within[here] = GlobalOrder(size, self._key, int(window) + 1)[within[here]]
+        blocks, offsets = np.divmod(windows * self._window + within, self.block)
+        whole = blocks < self._num_blocks
+        blocks[whole] = self._blocks[blocks[whole]]
+        return blocks * self.block + offsets
+
+
 class MixtureOrder:
     """Which source fills a position of the global sequence of samples, and with which of its samples.
 
     Positions are cut into blocks of `BLOCK`; in every block each source has its exact share (largest remainder), at
-    positions permuted by the seed; a source's samples follow its own `GlobalOrder`, anew in each of its epochs. Every
+    positions permuted by the seed; a source's samples follow its own `BlockOrder`, anew in each of its epochs. Every
     answer is a function of the position alone, so there is nothing to save and nothing that depends on the world size.
-    A single source is read in its `GlobalOrder`, epoch after epoch.
+    `blocks`: for each source, the neighbouring samples that are read at once.
     """
 
     BLOCK = 1000
 
-    def __init__(self, sizes: Sequence[int], weights: Sequence[float], seed: int) -> None:
+    def __init__(
+        self, sizes: Sequence[int], weights: Sequence[float], seed: int, blocks: Sequence[int] | None = None
+    ) -> None:
         if len(sizes) != len(weights) or not sizes or min(sizes) < 1 or min(weights) <= 0:
             raise ValueError("a mixture needs a weight above 0 and at least one sample for each source")
         self.sizes, self.seed = list(sizes), seed
+        self._read_blocks = list(blocks) if blocks else [1] * len(sizes)
         self.counts = _largest_remainder(weights, self.BLOCK)
         if min(self.counts) == 0:
             raise ValueError(f"a weight below 1/{self.BLOCK} of the mixture never gets a sample")
@@ -96,13 +131,23 @@ class MixtureOrder:
             samples[mine] = self._samples(source, size, drawn)
         return sources, samples
 
+    def drawn(self, positions: int) -> list[int]:
+        """How many samples of each source the first `positions` positions hold; over the size, that is its epochs."""
+        if len(self.sizes) == 1:
+            return [positions]
+        whole, rest = divmod(positions, self.BLOCK)
+        sources, _ = self.locate(whole * self.BLOCK + np.arange(rest))
+        last = np.bincount(sources, minlength=len(self.sizes))
+        return [whole * count + int(more) for count, more in zip(self.counts, last, strict=True)]
+
     def _samples(self, source: int, size: int, drawn: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         epochs, within = np.divmod(drawn, size)
         found = np.empty_like(drawn)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             # Sources of equal size must not walk in step: the source is part of the seed.
-            order = GlobalOrder(size, self.seed * 1_000_003 + source + 1, int(epoch))
+            seed, block = self.seed * 1_000_003 + source + 1, self._read_blocks[source]
+            order = BlockOrder(size, seed, int(epoch), block=block)
             found[here] = order[within[here]]
         return found
 

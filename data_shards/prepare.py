@@ -109,11 +109,11 @@ def prepare(
         "sequence_length": sequence_length,
         "faults": {**policy, "max_bytes": max_bytes},
     }
-    _together(comm, lambda: _adopt_plan(out, plan) if comm.rank == 0 else None)
+    together(comm, lambda: _adopt_plan(out, plan) if comm.rank == 0 else None)
     if not (out / INDEX).exists():
         work = _Work(out, units, encoder, lambda: Faults(policy, max_bytes))
-        _together(comm, lambda: work.run(comm, progress))
-        _together(comm, lambda: _commit(out, len(units), encoder.encoding, plan) if comm.rank == 0 else None)
+        together(comm, lambda: work.run(comm, progress))
+        together(comm, lambda: _commit(out, len(units), encoder.encoding, plan) if comm.rank == 0 else None)
     corpus = ShardedTokens(out)
     unpackable = corpus.num_documents - corpus.num_packed_documents if corpus.num_packs else 0
     counts, named = gather(shard["faults"] for shard in corpus.index["shards"])
@@ -122,16 +122,16 @@ def prepare(
     )
 
 
-def _together(comm: Communicator, action: Callable[[], None]) -> None:
-    """Do this rank's part and wait for the others; if any fails all raise the first failure, and none waits on."""
+def together(comm: Communicator, action: Callable[[], None]) -> None:
+    """Do this rank's part and wait for the others; if any fails all raise the failures, and none waits on."""
     failure = None
     try:
         action()
     except DataError as error:
         failure = str(error)
-    failures = [text for text in comm.allgather(failure) if text]
+    failures = dict.fromkeys(text for text in comm.allgather(failure) if text)
     if failures:
-        raise DataError(failures[0])
+        raise DataError("; ".join(failures))
 
 
 def _adopt_plan(out: Path, plan: dict[str, Any]) -> None:

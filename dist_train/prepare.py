@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 import data_shards
-from data_shards import Encoded, Encoding, PrepareSummary, Rejected
-from data_shards.inputs import Record, find_files
+from data_shards import Encoded, Encoding, PrepareSummary, Rejected, ShardedTokens
+from data_shards.inputs import Record, dataset_files, find_files
+from data_shards.prepare import together
 from dist_train.config import PrepareConfig
 from dist_train.errors import UserError
 from dist_train.progress import Progress
@@ -23,21 +24,44 @@ _FAULTS_SHOWN = 20
 
 def check(config: PrepareConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
-    find_files(config.inputs)
-    load_tokenizer(config.tokenizer)
+    if config.verify:
+        ShardedTokens(config.out)
+    else:
+        find_files(_inputs(config))
+    if config.tokenizer:
+        load_tokenizer(config.tokenizer)
 
 
 def run(config: PrepareConfig) -> None:
-    """Tokenize; on every rank of MPI's world."""
+    """Tokenize, or verify what was; on every rank of MPI's world."""
     check(config)
     comm = _communicator()
+    (_verify if config.verify else _make)(config, comm)
+
+
+def _inputs(config: PrepareConfig) -> str | list[str]:
+    return dataset_files(**config.dataset.model_dump()) if config.dataset else config.inputs
+
+
+def _verify(config: PrepareConfig, comm: Any) -> None:
+    corpus = ShardedTokens(config.out)
+    if config.tokenizer and load_tokenizer(config.tokenizer).sha256 != corpus.encoding.tokenizer:
+        raise UserError(f"{config.out}: made with another tokenizer than {config.tokenizer}; prepare it again")
+    together(comm, lambda: corpus.verify(comm.rank, comm.size))
+    if comm.rank == 0:
+        size = f"{len(corpus):,} tokens in {corpus.num_documents:,} documents"
+        print(f"prepare: {config.out}: {size}, every byte as written", flush=True)
+
+
+def _make(config: PrepareConfig, comm: Any) -> None:
+    inputs = _inputs(config)
     tokenizer = load_tokenizer(config.tokenizer)
     is_chat = config.format == "chat"
     encoder = ChatEncoder(tokenizer, config) if is_chat else TextEncoder(tokenizer, config)
     began = time.monotonic()
     with _Bar(enabled=comm.rank == 0) as bar:
         summary = data_shards.prepare(
-            config.inputs,
+            inputs,
             config.out,
             encoder,
             comm,
@@ -48,10 +72,12 @@ def run(config: PrepareConfig) -> None:
             progress=bar.update,
         )
     if comm.rank == 0:
-        _conclude(config, summary, comm.size, time.monotonic() - began)
+        _conclude(config, summary, inputs, comm.size, time.monotonic() - began)
 
 
-def _conclude(config: PrepareConfig, summary: PrepareSummary, ranks: int, seconds: float) -> None:
+def _conclude(
+    config: PrepareConfig, summary: PrepareSummary, inputs: str | list[str], ranks: int, seconds: float
+) -> None:
     for fault in summary.named_faults[:_FAULTS_SHOWN]:
         print(f"prepare: left out ({fault.kind}): {fault.where}: {fault.reason}", flush=True)
     if sum(summary.faults.values()) > _FAULTS_SHOWN:
@@ -59,7 +85,7 @@ def _conclude(config: PrepareConfig, summary: PrepareSummary, ranks: int, second
     packs = f", {summary.packs:,} packs of {config.sequence_length}" if summary.packs else ""
     left_out = f", {summary.unpackable:,} left out as too long" if summary.unpackable else ""
     faults = "".join(f", {count:,} {kind.replace('_', ' ')} left out" for kind, count in summary.faults.items())
-    size = sum(file.size for file in find_files(config.inputs)) / 1e6
+    size = sum(file.size for file in find_files(inputs)) / 1e6
     print(
         f"prepare: {summary.tokens:,} tokens in {summary.documents:,} documents, {summary.shards} shards{packs}"
         f"{left_out}{faults}; {ranks} rank{'s' if ranks > 1 else ''}, {seconds:.1f} s, {size / seconds:.1f} MB/s; "

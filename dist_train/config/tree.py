@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 Precision = Literal["bf16", "fp32"]
 LOSS_NAMES = ("kld", "rkl", "jsd", "tvd", "tvdpp", "lk", "ce")
@@ -80,6 +80,8 @@ class SourceSection(Section):
     """folder made by dist-train prepare"""
     weight: float = Field(default=1.0, gt=0)
     """share of the samples, relative to the other sources"""
+    epochs: float | None = Field(default=None, gt=0)
+    """instead of weight, for all sources or none: the share that goes through this one so often as the others theirs"""
 
 
 class DataSection(Section):
@@ -89,6 +91,14 @@ class DataSection(Section):
     """prepared corpora and their weights"""
     sequence_length: PositiveInt = 2048
     """tokens per sequence"""
+    separate_documents: bool = False
+    """documents of plain text in one sequence do not attend to each other (those of conversations never do)"""
+
+    @model_validator(mode="after")
+    def _epochs_for_all_or_none(self) -> DataSection:
+        if len({source.epochs is None for source in self.sources}) > 1:
+            raise ValueError("give every source epochs, or none")
+        return self
 
 
 class LossSection(Section):
@@ -185,6 +195,17 @@ class TokenRateSection(Section):
     """the median of so many passes counts"""
 
 
+class DatasetSection(Section):
+    """A dataset as `datasets.load_dataset` names it: its files are read as they are."""
+
+    path: str
+    """hub id, or a folder"""
+    name: str | None = None
+    """configuration, where there are several"""
+    split: str = "train"
+    revision: str | None = None
+
+
 class FaultsSection(Section):
     """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
 
@@ -205,10 +226,14 @@ class FaultsSection(Section):
 class PrepareConfig(Section):
     """dist-train prepare: text or conversations to token shards."""
 
-    inputs: str | list[str]
+    inputs: str | list[str] = []
     """files, folders, globs or URLs (hf://datasets/...): JSONL (.gz, .zst), Parquet, text (one document a line)"""
-    tokenizer: str
+    dataset: DatasetSection | None = None
+    """instead of inputs: a dataset of the hub, read as a stream"""
+    tokenizer: str = ""
     """sentencepiece .model file, Hugging Face folder or hub id"""
+    verify: bool = False
+    """--verify: read every byte of the corpus `out` and compare checksums, and the tokenizer if one is named"""
     out: Path
     """folder of the corpus"""
     format: Literal["text", "chat"] = "text"
@@ -226,6 +251,14 @@ class PrepareConfig(Section):
     shard_bytes: PositiveInt = 64 << 20
     """input bytes per shard; a compressed file is one shard"""
     faults: FaultsSection = FaultsSection()
+
+    @model_validator(mode="after")
+    def _something_to_make_it_of(self) -> PrepareConfig:
+        if not self.verify and bool(self.inputs) == bool(self.dataset):
+            raise ValueError("inputs is required, or dataset, and not both")
+        if not self.verify and not self.tokenizer:
+            raise ValueError("tokenizer is required")
+        return self
 
 
 class TrainConfig(Section):

@@ -118,7 +118,10 @@ class Training:
         return float(self.runtime.sum(total)) / max(num_positions, 1)
 
     def _on_device(self, batch: Batch) -> DeviceBatch:
-        ids, labels, mask, positions = (torch.from_numpy(array).to(self.runtime.device) for array in batch)
+        tensors = (torch.from_numpy(array) for array in batch)
+        if self.runtime.device.type == "cuda":
+            tensors = (tensor.pin_memory() for tensor in tensors)
+        ids, labels, mask, positions = (tensor.to(self.runtime.device, non_blocking=True) for tensor in tensors)
         return DeviceBatch(ids, labels, mask.bool(), positions)
 
     def save(self) -> None:

@@ -105,13 +105,14 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
 
 def _loader(config: TrainConfig, rank: int, world_size: int) -> TokenLoader:
     return TokenLoader(
-        [Source(ShardedTokens(source.path), source.weight) for source in config.data.sources],
+        [Source(ShardedTokens(source.path), source.weight, source.epochs) for source in config.data.sources],
         sequence_length=config.data.sequence_length,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
         seed=config.run.seed,
         rank=rank,
         world_size=world_size,
+        separate_documents=config.data.separate_documents,
     )
 
 
@@ -166,8 +167,13 @@ def _conclude(training: Any, finished: bool) -> None:
         for label, tag in (("loss", "train/loss"), ("acceptance", "train/acceptance"))
         if tag in last
     )
+    epochs = ", ".join(
+        f"{count:.2f} epochs of {source.path.name}"
+        for count, source in zip(training.loader.epochs(), config.data.sources, strict=True)
+    )
     how = "finished" if finished else "stopped on request, the same command goes on"
     print(
-        f"{_name(config)}: {how} at step {training.step}{shown}; {training.tokens:,} tokens; {config.run.dir}",
+        f"{_name(config)}: {how} at step {training.step}{shown}; "
+        f"{training.tokens:,} tokens, {epochs}; {config.run.dir}",
         flush=True,
     )

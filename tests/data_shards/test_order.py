@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from data_shards import DataError, Encoding, GlobalOrder, MixtureOrder, ShardedTokens, ShardWriter, Source, TokenLoader
+from data_shards import BlockOrder, GlobalOrder, MixtureOrder
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**31), epoch=st.integers(0, 100))
@@ -47,6 +47,33 @@ def test_a_position_outside_is_an_error(position):
         GlobalOrder(10, seed=0)[position]
 
 
+@given(size=st.integers(1, 5000), block=st.integers(1, 40), seed=st.integers(0, 2**31), epoch=st.integers(0, 9))
+@settings(max_examples=80, deadline=None)
+def test_a_block_order_is_a_permutation_that_needs_each_block_in_one_window_only(size, block, seed, epoch):
+    order = BlockOrder(size, seed, epoch, block=block)[np.arange(size)]
+    assert sorted(order.tolist()) == list(range(size))
+    window = BlockOrder.WINDOW * block
+    met = [set((order[at : at + window] // block).tolist()) for at in range(0, size, window)]
+    assert max(map(len, met)) <= BlockOrder.WINDOW + 1  # the last may hold a short block too
+    assert sum(map(len, met)) == len(set().union(*met))
+
+
+def test_a_block_order_leaves_no_neighbours_together():
+    """10 of 6,400 samples in a window are of the same block: neighbours in the order are so by chance alone."""
+    order = BlockOrder(50_000, seed=3, block=100)[np.arange(50_000)]
+    together = np.mean(order[1:] // 100 == order[:-1] // 100)
+    assert together == pytest.approx(1 / BlockOrder.WINDOW, abs=0.004)
+    assert BlockOrder(50_000, seed=3, epoch=1, block=100)[np.arange(100)].tolist() != order[:100].tolist()
+
+
+@given(weights=st.lists(st.floats(0.1, 10), min_size=1, max_size=3), positions=st.integers(0, 3500))
+@settings(max_examples=40, deadline=None)
+def test_what_was_drawn_of_each_source_is_what_the_order_gave(weights, positions):
+    mixture = MixtureOrder([7] * len(weights), weights, seed=1)
+    sources, _ = mixture.locate(np.arange(positions))
+    assert mixture.drawn(positions) == np.bincount(sources, minlength=len(weights)).tolist()
+
+
 @given(
     sizes=st.lists(st.integers(1, 50), min_size=1, max_size=4),
     weights=st.lists(st.floats(0.1, 10), min_size=4, max_size=4),
@@ -72,86 +99,3 @@ def test_a_single_source_is_read_once_per_epoch_in_its_own_order():
     assert not sources.any()
     assert sorted(samples[:37].tolist()) == sorted(samples[37:].tolist()) == list(range(37))
     assert samples[:37].tolist() != samples[37:].tolist()
-
-
-# -- the loader -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def corpora(tmp_path):
-    """Two corpora whose tokens tell where they come from."""
-    found = []
-    for name, first, count in (("a", 0, 4_001), ("b", 5_000, 2_001)):
-        with ShardWriter(tmp_path / name, Encoding("sha", 10_000), 700) as writer:
-            for start in range(first, first + count, 100):
-                writer.add(list(range(start, min(start + 100, first + count))))
-        found.append(ShardedTokens(tmp_path / name))
-    return found
-
-
-def loader(corpora, rank=0, world_size=1, micro_batch=2, seed=3):
-    sources = [Source(corpora[0], 3.0), Source(corpora[1], 1.0)]
-    return TokenLoader(
-        sources,
-        sequence_length=20,
-        global_batch=24,
-        micro_batch=micro_batch,
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-    )
-
-
-def global_step(corpora, step, world_size, micro_batch):
-    """All samples of a global step, in global order."""
-    return [
-        row
-        for rank in range(world_size)
-        for batch in loader(corpora, rank, world_size, micro_batch).step(step)
-        for row in batch.input_ids.tolist()
-    ]
-
-
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(2, 2), (3, 4), (4, 1), (12, 2)])
-def test_samples_of_a_step_are_the_same_for_every_world_size(corpora, world_size, micro_batch):
-    for step in (0, 1, 17):
-        assert global_step(corpora, step, world_size, micro_batch) == global_step(corpora, step, 1, 24)
-
-
-def test_labels_are_the_next_tokens(corpora):
-    for batch in loader(corpora).step(0):
-        assert np.array_equal(batch.labels, batch.input_ids + 1)
-        assert batch.mask.all()
-        assert np.array_equal(batch.positions[0], np.arange(20))
-
-
-def test_a_resumed_loader_goes_on_where_it_stopped_at_any_world_size(corpora):
-    whole = loader(corpora)
-    expected = [row for _ in range(6) for batch in next(whole) for row in batch.input_ids.tolist()]
-    first = loader(corpora, 0, 2)
-    for _ in range(2):
-        next(first)
-    state = first.state_dict()
-    resumed = [loader(corpora, rank, 4) for rank in range(4)]
-    for each in resumed:
-        each.load_state_dict(state)
-    rest = [row for _ in range(4) for each in resumed for batch in next(each) for row in batch.input_ids.tolist()]
-    assert rest == expected[2 * 24 :]
-
-
-def test_resuming_with_other_data_is_refused(corpora):
-    state = loader(corpora, seed=3).state_dict()
-    with pytest.raises(DataError, match="changed since the checkpoint"):
-        loader(corpora, seed=4).load_state_dict(state)
-
-
-def test_a_batch_that_cannot_be_cut_equally_is_refused(corpora):
-    with pytest.raises(ValueError, match="not a multiple"):
-        loader(corpora, 0, 5)
-
-
-def test_corpora_of_different_tokenizers_do_not_mix(corpora, tmp_path):
-    with ShardWriter(tmp_path / "other", Encoding("another", 10_000)) as writer:
-        writer.add(list(range(100)))
-    with pytest.raises(DataError, match="different tokenizers"):
-        loader([corpora[0], ShardedTokens(tmp_path / "other")])

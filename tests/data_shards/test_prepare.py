@@ -36,6 +36,19 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
+def refused_or_passed(capfd):
+    """A command in this process: its exit code and what it printed."""
+    from dist_train.cli import main
+
+    def run(*words):
+        capfd.readouterr()
+        code = main([str(word) for word in words])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
 def inputs(tmp_path):
     """The texts as plain, gzip and zstd JSONL, Parquet and text, a fifth each."""
     parts = [TEXTS[i::5] for i in range(5)]
@@ -78,6 +91,99 @@ def test_bytes_are_the_same_for_1_2_3_and_7_ranks(inputs, tokenizer, tmp_path):
     assert len(ShardedTokens(tmp_path / "1").index["shards"]) > 5
     for ranks in (2, 3, 7):
         assert {path.name: path.read_bytes() for path in (tmp_path / str(ranks)).iterdir()} == expected
+
+
+def damage(kind, folder):
+    """One byte of one file, a whole file, or the tail of the index."""
+    path = folder / ("index.json" if "index" in kind else "shard-00001.tokens")
+    data = bytearray(path.read_bytes())
+    if kind == "a missing file":
+        path.unlink()
+    elif kind == "a wrong size":
+        path.write_bytes(data + b"x")
+    elif kind == "a truncated index":
+        path.write_bytes(data[:-100])
+    elif kind == "another type in the index":
+        path.write_bytes(data.replace(b'"vocab_size": 340', b'"vocab_size": 70000'))
+    else:
+        data[len(data) // 2] ^= 4
+        path.write_bytes(data)
+    return path.name
+
+
+@pytest.mark.parametrize(
+    "kind", ["a flipped byte", "a missing file", "a wrong size", "a truncated index", "another type in the index"]
+)
+def test_verify_names_what_is_damaged(inputs, tokenizer, tmp_path, refused_or_passed, kind):
+    prepare(inputs[0], tokenizer[0], tmp_path / "out")
+    code, out, _ = refused_or_passed("prepare", "--verify", f"out={tmp_path / 'out'}", f"tokenizer={tokenizer[0]}")
+    assert code == 0
+    assert f"{len(inputs[1])} documents, every byte as written" in out
+    name = damage(kind, tmp_path / "out")
+    code, _, err = refused_or_passed("prepare", "--verify", f"out={tmp_path / 'out'}")
+    assert code == 2
+    assert name in err
+    assert err.count("\n") == 1
+
+
+def test_verify_by_two_ranks_names_every_damaged_file(inputs, tokenizer, tmp_path):
+    prepare(inputs[0], tokenizer[0], tmp_path / "out")
+    names = ["shard-00000.tokens", "shard-00001.offsets"]
+    for name in names:
+        path = tmp_path / "out" / name
+        data = bytearray(path.read_bytes())
+        data[3] ^= 1
+        path.write_bytes(data)
+    command = [str(MPIEXEC), "-n", "2", sys.executable, "-m", "dist_train", "prepare", "--verify"]
+    done = subprocess.run([*command, f"out={tmp_path / 'out'}"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert all(f"{name} has another checksum" in done.stderr for name in names), done.stderr
+
+
+def test_verify_names_another_tokenizer(inputs, tokenizer, tmp_path, refused_or_passed):
+    from dist_train.tokenizer import train_tokenizer
+
+    prepare(inputs[0], tokenizer[0], tmp_path / "out")
+    train_tokenizer(TEXTS[::2], tmp_path / "other", 330)
+    code, _, err = refused_or_passed(
+        "prepare", "--verify", f"out={tmp_path / 'out'}", f"tokenizer={tmp_path / 'other'}"
+    )
+    assert code == 2
+    assert "made with another tokenizer" in err
+
+
+def test_a_dataset_is_read_as_datasets_resolves_it(inputs, tokenizer, tmp_path, refused_or_passed):
+    import datasets
+
+    folder = tmp_path / "dataset"
+    for split, texts in (("train", TEXTS[:400]), ("test", TEXTS[400:])):
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table({"text": texts}), folder / "data" / f"{split}-00000-of-00001.parquet")
+    expected = datasets.load_dataset(str(folder), split="test", cache_dir=str(tmp_path / "cache"))["text"]
+    words = [f"dataset={{path: {folder}, split: test}}", f"tokenizer={tokenizer[0]}", f"out={tmp_path / 'out'}"]
+    code, _, err = refused_or_passed("prepare", *words)
+    assert code == 0, err
+    corpus = ShardedTokens(tmp_path / "out")
+    found = [corpus.document(i).tolist() for i in range(corpus.num_documents)]
+    assert found == [[1, *ids, 2] for ids in tokenizer[1].encode(list(expected))]
+
+    code, _, err = refused_or_passed("prepare", f"dataset={{path: {folder}, split: dev}}", *words[1:])
+    assert code == 2
+    assert "no files for split 'dev'; it has train, test" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["tokenizer=t"], "inputs is required"),
+        (["inputs=x"], "tokenizer is required"),
+        (["inputs=x", "dataset={path: y}", "tokenizer=t"], "not both"),
+    ],
+)
+def test_what_is_missing_is_asked_for(words, message, refused_or_passed):
+    code, _, err = refused_or_passed("prepare", "out=o", *words)
+    assert code == 2
+    assert message in err
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

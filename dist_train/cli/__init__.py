@@ -1,0 +1,57 @@
+"""The command line: one word per stage, each with a configuration file, overrides and an example.
+
+Imports of torch and its kind happen inside the stages, so that help and error messages come at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from data_shards.errors import DataError
+from dist_train import __version__
+from dist_train.cli.parser import BAD_INPUT, Parser
+from dist_train.cli.stages import STAGES, add_stage, add_submit
+from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
+from dist_train.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 for bad input, told in one line."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # Overrides may stand after options, which argparse does not expect of positional arguments.
+    if rest and (not hasattr(options, "words") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}; see dist-train {options.command} --help")
+    options.words = [*getattr(options, "words", []), *rest]
+    try:
+        return options.function(options) or 0
+    except (UserError, DataError) as error:
+        _tell(f"dist-train {options.command}: {error}")
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        return 130
+
+
+def _tell(line: str) -> None:
+    """Say it once: every rank finds the same fault."""
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "PMI_RANK", "SLURM_PROCID")):
+        print(line, file=sys.stderr, flush=True)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="dist-train",
+        description="Train draft models for speculative decoding, aligned with a chat LLM.",
+        epilog="example: dist-train demo --out demo-run",
+    )
+    parser.add_argument("--version", action="version", version=f"dist-train {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    add_demo(commands)
+    add_tokenizer(commands)
+    for stage in STAGES:
+        add_stage(commands, stage)
+    add_submit(commands)
+    add_checkpoint(commands)
+    return parser

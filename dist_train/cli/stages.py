@@ -1,0 +1,186 @@
+"""The commands that read a configuration, here or on SLURM."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_train.cli.parser import add, processes
+from dist_train.runtime import find_world
+
+if TYPE_CHECKING:
+    from dist_train.config import Section
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command that reads a configuration: `module` has `check(config)`, quick, and `run(config)`, on every rank.
+
+    `flags`: option to the override that it stands for, and its help.
+    """
+
+    name: str
+    summary: str
+    module: str
+    config: str
+    example: str
+    mpi: bool = False
+    trains: bool = False
+    flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def config_class(self) -> type[Section]:
+        """The configuration's class."""
+        from dist_train import config
+
+        return getattr(config, self.config)
+
+
+RESUME = {"--resume": ("run.resume=must", "an error if there is nothing to resume")}
+VERIFY = {"--verify": ("verify=true", "compare every byte of the corpus `out` with its checksums; make nothing")}
+STAGES = (
+    Stage(
+        "prepare",
+        "tokenize text or conversations into shards",
+        "dist_train.prepare",
+        "PrepareConfig",
+        "dist-train prepare inputs='corpus/*.jsonl.zst' tokenizer=tokenizer.model out=shards/corpus --nproc 8",
+        mpi=True,
+        flags=VERIFY,
+    ),
+    Stage(
+        "pretrain",
+        "train a drafter on a text corpus, with the target in the loop if one is named",
+        "dist_train.train.stage",
+        "PretrainConfig",
+        "dist-train pretrain pretrain.yaml train.learning_rate=3e-4 --nproc 8",
+        trains=True,
+        flags=RESUME,
+    ),
+    Stage(
+        "generate",
+        "let the target answer seed instructions",
+        "dist_train.generate.stage",
+        "GenerateConfig",
+        "dist-train generate target.path=meta-llama/Llama-2-7b-chat-hf seeds.inputs=oig.jsonl out=answers --nproc 8",
+    ),
+    Stage(
+        "distill",
+        "fine-tune a drafter against the target's distributions",
+        "dist_train.train.stage",
+        "DistillConfig",
+        "dist-train distill distill.yaml objective='{tvdpp: 1.0}' --nproc 8",
+        trains=True,
+        flags=RESUME,
+    ),
+    Stage(
+        "evaluate",
+        "measure block efficiency, memory-bound speed-up and token rate",
+        "dist_train.evaluate.stage",
+        "EvaluateConfig",
+        "dist-train evaluate target.path=llama-2-7b-chat drafters='{base: runs/pretrain, tvdpp: runs/tvdpp}' "
+        "tasks='[{name: dolly, inputs: dolly.jsonl}]' out=results",
+    ),
+    Stage(
+        "export",
+        "write a drafter as a Hugging Face folder that servers load",
+        "dist_train.export",
+        "ExportConfig",
+        "dist-train export drafter=runs/tvdpp tokenizer=tokenizer.model out=llama-2-7b-chat-drafter",
+    ),
+)
+
+
+def add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
+    """The command of a stage."""
+    parser = add(commands, stage.name, stage.summary, stage.example, _run_stage)
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="CONFIG.yaml | section.key=value",
+        help="a configuration file, then overrides; overrides alone will do",
+    )
+    parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
+    parser.add_argument("--dry-run", action="store_true", help="print configuration, world and memory estimate; stop")
+    for flag, (override, text) in stage.flags.items():
+        parser.add_argument(flag, dest="flags", action="append_const", const=override, help=text)
+    parser.stage = stage
+    parser.set_defaults(stage=stage, flags=None)
+
+
+def _load(stage: Stage, words: Sequence[str]) -> Any:
+    """The configuration that a file, if the first word is one, and overrides give."""
+    from dist_train.config import load_config
+
+    named = words[:1] if words and "=" not in words[0] else []
+    return load_config(stage.config_class, Path(named[0]) if named else None, words[len(named) :])
+
+
+def _run_stage(options: argparse.Namespace) -> int:
+    from dist_train.config import dump_config
+
+    stage: Stage = options.stage
+    words = [*options.words, *(options.flags or [])]
+    config = _load(stage, words)
+    module = importlib.import_module(stage.module)
+    if options.dry_run:
+        world_size = options.nproc or find_world().size
+        print(dump_config(config), end="")
+        print(f"# world: {world_size} process(es)")
+        if stage.trains:
+            print(module.memory_report(config, world_size))
+        return 0
+    if options.nproc and options.nproc > 1:
+        from dist_train.launch import launch, launch_mpi
+
+        module.check(config)
+        return (launch_mpi if stage.mpi else launch)([stage.name, *words], options.nproc)
+    module.run(config)
+    return 0
+
+
+# -- SLURM ------------------------------------------------------------------------------------------------------
+
+
+def add_submit(commands: argparse._SubParsersAction) -> None:
+    """`submit`: a stage on SLURM."""
+    parser = add(
+        commands,
+        "submit",
+        "run a stage on SLURM, through the templates of slurm/",
+        "dist-train submit distill distill.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00",
+        _run_submit,
+    )
+    parser.add_argument("stage", choices=[stage.name for stage in STAGES if stage.name != "export"])
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="as for the stage itself")
+    parser.add_argument("--nodes", type=processes, default=1, metavar="N")
+    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="one task each; 0: a cluster without GPUs")
+    parser.add_argument("--tasks-per-node", type=processes, metavar="T", help="instead of one a GPU")
+    parser.add_argument("--cpus-per-task", type=processes, metavar="C")
+    parser.add_argument("--time", help="as sbatch takes it; the job saves, requeues and goes on when it is over")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--after", metavar="JOB", help="start when these jobs (12:13) ended well")
+    parser.add_argument("--env", type=Path, metavar="FILE", help="the site's own version of slurm/env.sh")
+    parser.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
+
+
+def _run_submit(options: argparse.Namespace) -> None:
+    from dist_train import slurm
+
+    stage = next(stage for stage in STAGES if stage.name == options.stage)
+    resources = slurm.Resources(**{field: getattr(options, field) for field in slurm.Resources.__dataclass_fields__})
+    command = slurm.sbatch_command(stage.name, options.words, resources)
+    environment = slurm.job_environment(options.env)
+    config = _load(stage, options.words)
+    if options.after is None:  # else its inputs may not be made yet
+        importlib.import_module(stage.module).check(config)
+    if options.dry_run:
+        print(slurm.describe(command, environment), end="")
+        return
+    job = slurm.submit(command, environment)
+    print(f"submitted {stage.name} as job {job}; squeue -j {job}; log {stage.name}-{job}.log")

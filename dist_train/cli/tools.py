@@ -1,0 +1,136 @@
+"""The other commands: the demo, tokenizers, checkpoints."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from dist_train.cli.parser import add, processes
+from dist_train.errors import UserError
+
+# -- demo -------------------------------------------------------------------------------------------------------
+
+
+def add_demo(commands: argparse._SubParsersAction) -> None:
+    """`demo`: the whole method at small scale."""
+    parser = add(
+        commands,
+        "demo",
+        "run the whole method at small scale, and write a report",
+        "dist-train demo --out demo-run",
+        _run_demo,
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-run"), help="folder of everything made; goes on if killed"
+    )
+    parser.add_argument("--nproc", type=processes, default=2, metavar="N", help="processes (default 2)")
+    parser.add_argument("--target", help="a real target: Hugging Face folder or hub id, instead of one trained here")
+    parser.add_argument("--corpus", help="text to pretrain on: JSONL with a text field, instead of docstrings")
+    parser.add_argument(
+        "--seeds", help="instructions: JSONL with a prompt field, instead of questions made from the corpus"
+    )
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps; 0.02 is a smoke test")
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from dist_train.demo.run import run_demo
+
+    given = {name: getattr(options, name) for name in ("target", "corpus", "seeds", "scale")}
+    return run_demo(options.out, processes=options.nproc, **given)
+
+
+# -- tokenizer --------------------------------------------------------------------------------------------------
+
+
+def add_tokenizer(commands: argparse._SubParsersAction) -> None:
+    """`tokenizer`: train and compare."""
+    group = add(
+        commands,
+        "tokenizer",
+        "train a Llama-2-style tokenizer, or compare two",
+        "dist-train tokenizer check tokenizer.model meta-llama/Llama-2-7b-chat-hf",
+        lambda options: None,
+    )
+    actions = group.add_subparsers(dest="action", required=True, metavar="ACTION")
+    train = add(
+        actions,
+        "train",
+        "train a sentencepiece model with Llama 2's settings",
+        "dist-train tokenizer train 'corpus/*.jsonl' --vocab-size 32000 --out tokenizer",
+        _train_tokenizer,
+    )
+    train.add_argument("inputs", nargs="+", help="JSONL, Parquet or text, as for prepare")
+    train.add_argument("--vocab-size", type=int, default=32_000)
+    train.add_argument("--text-field", default="text")
+    train.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model and its conversions")
+    check = add(
+        actions,
+        "check",
+        "tell whether a drafter trained with A can draft for a target served with B",
+        "dist-train tokenizer check tokenizer.model meta-llama/Llama-2-7b-chat-hf",
+        _check_tokenizers,
+    )
+    check.add_argument("a", help="sentencepiece file, Hugging Face folder or hub id")
+    check.add_argument("b", help="another")
+    check.add_argument("--texts", nargs="+", default=[], help="compare on these documents too: JSONL, Parquet, text")
+    check.add_argument("--text-field", default="text")
+
+
+def _texts(options: argparse.Namespace, inputs: Sequence[str]) -> Iterator[str]:
+    from data_shards.inputs import find_files, plan_units, read_records
+
+    for unit in plan_units(find_files(inputs)):
+        yield from (record.get(options.text_field) or "" for record in read_records(unit))
+
+
+def _train_tokenizer(options: argparse.Namespace) -> None:
+    from dist_train.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(_texts(options, options.inputs), options.out, options.vocab_size)
+    print(f"tokenizer: {tokenizer.vocab_size:,} pieces; {options.out}")
+
+
+def _check_tokenizers(options: argparse.Namespace) -> int:
+    from dist_train.tokenizer import PROBES, conversion_note, differences, load_tokenizer
+
+    a, b = load_tokenizer(options.a), load_tokenizer(options.b)
+    texts = [*PROBES, *_texts(options, options.texts)]
+    found = differences(a, b, texts)
+    for line in (*found, *filter(None, {conversion_note(tokenizer, texts) for tokenizer in (a, b)})):
+        print(line)
+    print("different: a drafter cannot be shared" if found else "equal: a drafter trained with A drafts for B")
+    return 1 if found else 0
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------
+
+
+def add_checkpoint(commands: argparse._SubParsersAction) -> None:
+    """`checkpoint`: list and verify."""
+    parser = add(
+        commands,
+        "checkpoint",
+        "list the checkpoints of a run, or verify every byte of them",
+        "dist-train checkpoint verify runs/pretrain",
+        _run_checkpoint,
+    )
+    parser.add_argument("action", choices=("ls", "verify"))
+    parser.add_argument("run", type=Path, help="run folder")
+
+
+def _run_checkpoint(options: argparse.Namespace) -> int:
+    from dist_train.run_folder import list_checkpoints, verify
+
+    folders = list_checkpoints(options.run)
+    if not folders:
+        raise UserError(f"{options.run}: no checkpoint here")
+    damaged = 0
+    for folder, manifest in folders:
+        size = sum(record["bytes"] for record in manifest["files"].values())
+        line = f"{folder.name}  {manifest['world_size']} ranks  ZeRO {manifest['zero_stage']}  {size / 2**20:.1f} MiB"
+        misfits = verify(folder) if options.action == "verify" else []
+        damaged += bool(misfits)
+        whole = "whole" if options.action == "verify" else ""
+        print(f"{line}  {'; '.join(misfits) or whole}".rstrip())
+    return 1 if damaged else 0
