@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -125,7 +126,7 @@ def read_located(unit: Unit, faults: Faults, fields: Collection[str] | None = No
         if not line.strip():
             continue
         try:
-            record = {"text": line.decode().rstrip("\r\n")} if kind == "text" else json.loads(line)
+            record = {"text": line.decode().rstrip("\r\n")} if kind == "text" else _parse(line)
         except UnicodeDecodeError as error:
             faults.note("encoding", place(unit, where), f"not UTF-8: {error.reason} at byte {error.start} of the line")
             continue
@@ -136,6 +137,14 @@ def read_located(unit: Unit, faults: Faults, fields: Collection[str] | None = No
             yield Located(where, record)
         else:
             faults.note("malformed", place(unit, where), f"not a JSON object but a {type(record).__name__}")
+
+
+def _parse(line: bytes) -> Any:
+    """A line's JSON. orjson is several times faster; json takes a little more (NaN), and tells its faults apart."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line)
 
 
 def place(unit: Unit, where: int) -> str:

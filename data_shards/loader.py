@@ -13,14 +13,17 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from data_shards.errors import DataError
-from data_shards.format import ShardedTokens
+from data_shards.format import Array, ShardedTokens
 from data_shards.order import MixtureOrder
 from data_shards.samples import Batch, samples_of
+
+_STEPS_LOCATED = 32  # at once: the order is array work, and a step alone has few rows
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class TokenLoader:
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._step = 0
         self._fingerprint = _fingerprint(sources, sequence_length, global_batch, seed, separate_documents)
+        self._located = lru_cache(maxsize=2)(self._locate)
         self._prefetch = prefetch
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="token-loader")
         self._ahead: deque[Future[list[Batch]]] = deque()
@@ -81,17 +85,17 @@ class TokenLoader:
 
     def __next__(self) -> list[Batch]:
         """The next global step's micro-batches of this rank."""
-        while len(self._ahead) <= self._prefetch:
+        while len(self._ahead) < self._prefetch:
             self._ahead.append(self._reader.submit(self.step, self._step + len(self._ahead)))
-        batches = self._ahead.popleft().result()
+        batches = self._ahead.popleft().result() if self._ahead else self.step(self._step)
         self._step += 1
         return batches
 
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of global step `step`; does not move the iterator."""
-        first = step * self._global_batch + self._first
-        sources, indices = self._order.locate(np.arange(first, first + self._share))
-        whole = Batch.empty(self._share, self._length)
+        chunk, at = divmod(step, _STEPS_LOCATED)
+        sources, indices = (found[at] for found in self._located(chunk))
+        whole = Batch.of_text(self._share, self._length)
         for source, samples in enumerate(self._samples):
             rows = np.flatnonzero(sources == source)
             samples.fill(whole, rows, indices[rows])
@@ -99,6 +103,11 @@ class TokenLoader:
             Batch(*(array[at : at + self._micro_batch] for array in whole))
             for at in range(0, self._share, self._micro_batch)
         ]
+
+    def _locate(self, chunk: int) -> tuple[Array, Array]:
+        """Source and sample of each row of this rank, int64 [steps, rows], for a few steps at a time."""
+        steps = chunk * _STEPS_LOCATED + np.arange(_STEPS_LOCATED)
+        return self._order.locate(steps[:, None] * self._global_batch + self._first + np.arange(self._share))
 
     def epochs(self) -> list[float]:
         """How often each source has been gone through before the next step."""

@@ -27,9 +27,11 @@ class Batch(NamedTuple):
     positions: Array
 
     @staticmethod
-    def empty(rows: int, length: int) -> Batch:
-        """Arrays that are still to be filled."""
-        return Batch(*(np.empty((rows, length), np.int64) for _ in Batch._fields))
+    def of_text(rows: int, length: int) -> Batch:
+        """Ids still to be filled in; every prediction is trained, and each sequence is one document."""
+        tokens = np.empty((rows, length + 1), np.int64)
+        positions = np.broadcast_to(np.arange(length), (rows, length)).copy()
+        return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((rows, length), np.int64), positions)
 
 
 class Samples(Protocol):
@@ -39,7 +41,7 @@ class Samples(Protocol):
     block: int
 
     def fill(self, batch: Batch, rows: Array, indices: Array) -> None:
-        """Write the samples `indices` to the `rows` of a batch."""
+        """Write the samples `indices` to the `rows` of a `Batch.of_text`."""
 
 
 class TextSamples:
@@ -64,19 +66,15 @@ class TextSamples:
         return self.corpus.read(first * self.length, last * self.length + 1)
 
     def fill(self, batch: Batch, rows: Array, indices: Array) -> None:
-        """Block by block, in the order in which the blocks are met."""
-        blocks, within = np.divmod(indices, self.block)
-        met, first_met = np.unique(blocks, return_index=True)
-        for block in met[np.argsort(first_met)]:
-            here = blocks == block
-            tokens = self._read(int(block))
-            batch.input_ids[rows[here]] = tokens[:-1].reshape(-1, self.length)[within[here]]
-            batch.labels[rows[here]] = tokens[1:].reshape(-1, self.length)[within[here]]
-        batch.mask[rows] = 1
-        batch.positions[rows] = np.arange(self.length)
-        if self.separate:
-            for row, index in zip(rows, indices, strict=True):
-                self._separate(batch, int(row), int(index))
+        """Row by row, from blocks that were read whole."""
+        for row, index in zip(rows.tolist(), indices.tolist(), strict=True):
+            block, within = divmod(index, self.block)
+            tokens = self._read(block)
+            first = within * self.length
+            batch.input_ids[row] = tokens[first : first + self.length]
+            batch.labels[row, -1] = tokens[first + self.length]  # the others are inputs too, at the same place
+            if self.separate:
+                self._separate(batch, row, index)
 
     def _separate(self, batch: Batch, row: int, index: int) -> None:
         first = index * self.length
@@ -103,8 +101,8 @@ class PackSamples:
 
     def fill(self, batch: Batch, rows: Array, indices: Array) -> None:
         """Pack by pack."""
-        for row, index in zip(rows, indices, strict=True):
-            self._fill_row(batch, int(row), int(index))
+        for row, index in zip(rows.tolist(), indices.tolist(), strict=True):
+            self._fill_row(batch, row, index)
 
     def _fill_row(self, batch: Batch, row: int, index: int) -> None:
         capacity = self.length + 1

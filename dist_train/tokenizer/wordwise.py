@@ -92,12 +92,14 @@ class WordwiseEncoder:
         """The numbers of distinct words; unknown ones are encoded and remembered."""
         if self._bytes > _TABLE_BYTES:
             self._forget()
-        known = self._numbers
         listed = words.to_pylist()
-        unknown = [word for word in listed if word not in known]
-        if unknown:
-            self._learn(unknown)
-        return np.fromiter((known[word] for word in listed), np.int64, len(listed))
+        numbers = np.fromiter(map(self._numbers.get, listed, itertools.repeat(-1)), np.int64, len(listed))
+        unknown = np.flatnonzero(numbers < 0)
+        if len(unknown):
+            first = len(self._numbers)
+            self._learn([listed[i] for i in unknown.tolist()])
+            numbers[unknown] = np.arange(first, len(self._numbers))
+        return numbers
 
     def _learn(self, words: list[bytes]) -> None:
         # The model puts a marker before each text, which stands for a word's first space.
