@@ -23,7 +23,9 @@ from dist_train.losses.terms import TERMS, Options, advantage_deviation, needs_t
 # A chunk is what the heads are multiplied for: two tensors of logits are alive. Fewer rows than the least would leave
 # the products waiting for the weights to be read and the weight's gradient to be written.
 _CHUNK_ELEMENTS = {"cpu": 5 << 20, "cuda": 1 << 24}
-_LEAST_ROWS = {"cpu": 160, "cuda": 512}
+_LEAST_ROWS = {"cpu": 704, "cuda": 512}
+# Without a target, whose head is the wide one; at 32,000 tokens a CPU's chunk is just too large for malloc to keep.
+_LEAST_ROWS_ALONE = {"cpu": 264, "cuda": 512}
 # A chunk's share of the free memory, of which it takes two tensors in fp32.
 _FREE_SHARE = 1 / 4
 # A block is what the losses are taken for, a dozen tensors: as many rows of a chunk as a cache holds of them, and not
@@ -80,7 +82,7 @@ def linear_divergence(
         hidden=hidden.detach(),
         target_hidden=None if target is None or target_hidden is None else _rows(target_hidden, keep).detach(),
         labels=None if labels is None else _rows(labels[..., None], keep)[:, 0],
-        size=chunk_size or affordable_rows(len(drafter.weight), drafter.weight.device),
+        size=chunk_size or affordable_rows(len(drafter.weight), drafter.weight.device, alone=target is None),
         count=max(len(hidden) if num_positions is None else num_positions, 1),
     )
     if batch_mode and not only_tvdpp:
@@ -98,19 +100,20 @@ def _rows(values: Tensor, keep: Tensor | None) -> Tensor:
     return flat if keep is None else flat.index_select(0, keep)
 
 
-def chunk_rows(vocab_size: int, on_gpu: bool) -> int:
-    """Rows of logits alive at once where none are asked for and memory is not short."""
+def chunk_rows(vocab_size: int, on_gpu: bool, *, alone: bool = False) -> int:
+    """Rows of logits alive at once where none are asked for and memory is not short; `alone`: without a target."""
     kind = "cuda" if on_gpu else "cpu"
-    return max(_LEAST_ROWS[kind], _CHUNK_ELEMENTS[kind] // vocab_size // 32 * 32)
+    least = _LEAST_ROWS_ALONE if alone else _LEAST_ROWS
+    return max(least[kind], _CHUNK_ELEMENTS[kind] // vocab_size // 32 * 32)
 
 
-def affordable_rows(vocab_size: int, device: torch.device) -> int:
+def affordable_rows(vocab_size: int, device: torch.device, *, alone: bool = False) -> int:
     """`chunk_rows`, halved until two fp32 tensors of them take no more than a share of the GPU's free memory.
 
     On a CPU a chunk is small beside what a model needs. Sizes change in such steps only, because the order in which
     sums are rounded changes with them.
     """
-    rows = chunk_rows(vocab_size, device.type != "cpu")
+    rows = chunk_rows(vocab_size, device.type != "cpu", alone=alone)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

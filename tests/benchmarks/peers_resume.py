@@ -191,6 +191,8 @@ def resumed(name: str, work: str, prepared: str, length: int, batch: int, before
     task = Task(work, prepared, length, batch, None, None)
     every = Counter(np.asarray(ids[:8], np.uint16).tobytes() for ids in sequences(work, length))
     steps = len(every) // batch
+    if not Path(prepared).exists():  # by one process: several would get in each other's way
+        _run(name, task._replace(steps=1), 1)
     _, first_part, state = _run(name, task._replace(steps=int(0.9 * steps)), before)
     seconds, rest, _ = _run(name, task._replace(state=state), after)
     seen = first_part + rest
