@@ -30,8 +30,8 @@ _LEAST_ROWS_ALONE = {"cpu": 264, "cuda": 512}
 _FREE_SHARE = 1 / 4
 # A block is what the losses are taken for, a dozen tensors: as many rows of a chunk as a cache holds of them, and not
 # fewer than keep every core of a CPU busy with rows of its own.
-_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}
-_ROWS_PER_THREAD = 8
+_BLOCK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}
+_ROWS_PER_THREAD = 6
 
 
 def linear_divergence(
