@@ -58,7 +58,7 @@ def test_every_flipped_byte_is_found(tmp_path):
     write(tmp_path / "c", [[i, i + 1] for i in range(200)])
     files = sorted((tmp_path / "c").iterdir())
     drawn = random.Random(0)
-    for _ in range(30):
+    for _ in range(100):
         path = drawn.choice(files)
         data = bytearray(path.read_bytes())
         where, bit = drawn.randrange(len(data)), 1 << drawn.randrange(8)
