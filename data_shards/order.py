@@ -133,8 +133,6 @@ class MixtureOrder:
 
     def drawn(self, positions: int) -> list[int]:
         """How many samples of each source the first `positions` positions hold; over the size, that is its epochs."""
-        if len(self.sizes) == 1:
-            return [positions]
         whole, rest = divmod(positions, self.BLOCK)
         sources, _ = self.locate(whole * self.BLOCK + np.arange(rest))
         last = np.bincount(sources, minlength=len(self.sizes))

@@ -67,8 +67,12 @@ class Communicator(Protocol):
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What a corpus holds: tokens, documents, packs (0 for plain text), shards; documents left out of packs; faults."""
+    """What a corpus holds, and the bytes it was made of.
 
+    Tokens, documents, packs (0 for plain text), shards; documents left out of packs; faults.
+    """
+
+    input_bytes: int
     tokens: int
     documents: int
     shards: int
@@ -118,7 +122,14 @@ def prepare(
     unpackable = corpus.num_documents - corpus.num_packed_documents if corpus.num_packs else 0
     counts, named = gather(shard["faults"] for shard in corpus.index["shards"])
     return PrepareSummary(
-        corpus.num_tokens, corpus.num_documents, len(units), corpus.num_packs, unpackable, counts, named
+        sum(file.size for file in files),
+        corpus.num_tokens,
+        corpus.num_documents,
+        len(units),
+        corpus.num_packs,
+        unpackable,
+        counts,
+        named,
     )
 
 

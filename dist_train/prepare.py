@@ -34,9 +34,7 @@ def check(config: PrepareConfig) -> None:
 
 def run(config: PrepareConfig) -> None:
     """Tokenize, or verify what was; on every rank of MPI's world."""
-    check(config)
-    comm = _communicator()
-    (_verify if config.verify else _make)(config, comm)
+    (_verify if config.verify else _make)(config, _communicator())
 
 
 def _inputs(config: PrepareConfig) -> str | list[str]:
@@ -54,14 +52,13 @@ def _verify(config: PrepareConfig, comm: Any) -> None:
 
 
 def _make(config: PrepareConfig, comm: Any) -> None:
-    inputs = _inputs(config)
     tokenizer = load_tokenizer(config.tokenizer)
     is_chat = config.format == "chat"
     encoder = ChatEncoder(tokenizer, config) if is_chat else TextEncoder(tokenizer, config)
     began = time.monotonic()
     with _Bar(enabled=comm.rank == 0) as bar:
         summary = data_shards.prepare(
-            inputs,
+            _inputs(config),
             config.out,
             encoder,
             comm,
@@ -72,12 +69,10 @@ def _make(config: PrepareConfig, comm: Any) -> None:
             progress=bar.update,
         )
     if comm.rank == 0:
-        _conclude(config, summary, inputs, comm.size, time.monotonic() - began)
+        _conclude(config, summary, comm.size, time.monotonic() - began)
 
 
-def _conclude(
-    config: PrepareConfig, summary: PrepareSummary, inputs: str | list[str], ranks: int, seconds: float
-) -> None:
+def _conclude(config: PrepareConfig, summary: PrepareSummary, ranks: int, seconds: float) -> None:
     for fault in summary.named_faults[:_FAULTS_SHOWN]:
         print(f"prepare: left out ({fault.kind}): {fault.where}: {fault.reason}", flush=True)
     if sum(summary.faults.values()) > _FAULTS_SHOWN:
@@ -85,7 +80,7 @@ def _conclude(
     packs = f", {summary.packs:,} packs of {config.sequence_length}" if summary.packs else ""
     left_out = f", {summary.unpackable:,} left out as too long" if summary.unpackable else ""
     faults = "".join(f", {count:,} {kind.replace('_', ' ')} left out" for kind, count in summary.faults.items())
-    size = sum(file.size for file in find_files(inputs)) / 1e6
+    size = summary.input_bytes / 1e6
     print(
         f"prepare: {summary.tokens:,} tokens in {summary.documents:,} documents, {summary.shards} shards{packs}"
         f"{left_out}{faults}; {ranks} rank{'s' if ranks > 1 else ''}, {seconds:.1f} s, {size / seconds:.1f} MB/s; "

@@ -34,14 +34,25 @@ def cli():
 
 
 @pytest.fixture
-def refused(capfd):
-    """`refused("distill", "typo=1")` is the one line of a command that ends with 2 before any process starts."""
+def command(capfd):
+    """`command("distill", "typo=1")` runs in this process: its exit code and what it printed, out and err."""
     from dist_train.cli import main
 
     def run(*arguments):
         capfd.readouterr()
-        assert main([str(argument) for argument in arguments]) == 2
-        complaint = capfd.readouterr().err
+        code = main([str(argument) for argument in arguments])
+        return code, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def refused(command):
+    """`refused("distill", "typo=1")` is the one line of a command that ends with 2 before any process starts."""
+
+    def run(*arguments):
+        code, _, complaint = command(*arguments)
+        assert code == 2
         assert complaint.count("\n") == 1, complaint
         return complaint
 

@@ -12,11 +12,12 @@ from torch import Tensor
 from data_shards import Batch, TokenLoader
 from dist_train.config import TrainConfig
 from dist_train.errors import UserError
+from dist_train.losses import STATISTICS
 from dist_train.runtime import Runtime
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.guard import StopSignal, check_finite
 from dist_train.train.metrics import Metrics
-from dist_train.train.objective import STATISTICS, Objective
+from dist_train.train.objective import Objective
 from dist_train.train.schedule import learning_rate
 
 

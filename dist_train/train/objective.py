@@ -12,8 +12,6 @@ from dist_train.config import LossSection
 from dist_train.losses import STATISTICS, Head, linear_divergence
 from dist_train.target import Target
 
-__all__ = ["STATISTICS", "LossFunction", "Objective"]
-
 LossFunction = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
 
 

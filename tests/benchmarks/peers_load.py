@@ -79,16 +79,7 @@ def arrow(work: str, prepared: str, length: int, batch: int, batches: int, worke
     import datasets
     from torch.utils.data import DataLoader
 
-    features = datasets.Features({"ids": datasets.Sequence(datasets.Value("uint16"), length)})
-
-    def make(folder: str) -> None:
-        made = datasets.Dataset.from_generator(
-            lambda: ({"ids": ids} for ids in sequences(work, length)), features=features, cache_dir=f"{folder}-cache"
-        )
-        made.save_to_disk(folder)
-
-    datasets.disable_progress_bars()
-    folder = once(prepared, make)
+    folder = once(prepared, lambda folder: make_arrow(work, length, folder))
 
     def build() -> Iterator[Any]:
         table = datasets.load_from_disk(folder).with_format("torch")
@@ -100,15 +91,10 @@ def arrow(work: str, prepared: str, length: int, batch: int, batches: int, worke
 
 def mosaicml_streaming(work: str, prepared: str, length: int, batch: int, batches: int, workers: int, **_: Any) -> Any:
     """MDS shards of fixed arrays, its own data loader."""
-    from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+    from streaming import StreamingDataLoader, StreamingDataset
     from streaming.base.util import clean_stale_shared_memory
 
-    def make(folder: str) -> None:
-        with MDSWriter(out=folder, columns={"ids": f"ndarray:uint16:{length}"}) as writer:
-            for ids in sequences(work, length):
-                writer.write({"ids": ids})
-
-    folder = once(prepared, make)
+    folder = once(prepared, lambda folder: make_mds(work, length, folder))
     clean_stale_shared_memory()
 
     class Ids(StreamingDataset):
@@ -135,6 +121,27 @@ def litdata(work: str, prepared: str, length: int, batch: int, batches: int, wor
         return (step.to(torch.int64) for step in loader)
 
     return timed(build, batches)
+
+
+def make_arrow(work: str, length: int, folder: str) -> None:
+    """A table of lists of one length."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    features = datasets.Features({"ids": datasets.Sequence(datasets.Value("uint16"), length)})
+    rows = datasets.Dataset.from_generator(
+        lambda: ({"ids": ids} for ids in sequences(work, length)), features=features, cache_dir=f"{folder}-cache"
+    )
+    rows.save_to_disk(folder)
+
+
+def make_mds(work: str, length: int, folder: str) -> None:
+    """mosaicml-streaming's shards."""
+    from streaming import MDSWriter
+
+    with MDSWriter(out=folder, columns={"ids": f"ndarray:uint16:{length}"}) as writer:
+        for ids in sequences(work, length):
+            writer.write({"ids": ids})
 
 
 def make_litdata(work: str, length: int, folder: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from peers_load import once, sequences
+from peers_load import make_arrow, make_litdata, make_mds, once, sequences
 
 
 class Task(NamedTuple):
@@ -65,8 +65,8 @@ def arrow(task: Task, rank: int, ranks: int) -> Iterating:
     import datasets
     from torch.utils.data import DataLoader, DistributedSampler
 
-    features = datasets.Features({"ids": datasets.Sequence(datasets.Value("uint16"), task.length)})
-    table = datasets.load_from_disk(once(task.prepared, lambda folder: _make_arrow(task, folder, features)))
+    folder = once(task.prepared, lambda folder: make_arrow(task.work, task.length, folder))
+    table = datasets.load_from_disk(folder)
     sampler: Any = DistributedSampler(table, ranks, rank, seed=0, drop_last=True)  # type: ignore[arg-type]
     loader = DataLoader(table.with_format("numpy"), task.batch // ranks, sampler=sampler, drop_last=True, num_workers=2)
     done = task.state or 0
@@ -80,27 +80,11 @@ def arrow(task: Task, rank: int, ranks: int) -> Iterating:
     return batches(), lambda: seen[0]
 
 
-def _make_arrow(task: Task, folder: str, features: Any) -> None:
-    import datasets
-
-    rows = datasets.Dataset.from_generator(
-        lambda: ({"ids": ids} for ids in sequences(task.work, task.length)),
-        features=features,
-        cache_dir=f"{folder}-cache",
-    )
-    rows.save_to_disk(folder)
-
-
 def mosaicml_streaming(task: Task, rank: int, ranks: int) -> Iterating:
     """Its own data loader's state; canonical nodes fixed, as it asks for where ranks change."""
-    from streaming import MDSWriter, StreamingDataLoader, StreamingDataset
+    from streaming import StreamingDataLoader, StreamingDataset
 
-    def make(folder: str) -> None:
-        with MDSWriter(out=folder, columns={"ids": f"ndarray:uint16:{task.length}"}) as writer:
-            for ids in sequences(task.work, task.length):
-                writer.write({"ids": ids})
-
-    folder = once(task.prepared, make)
+    folder = once(task.prepared, lambda folder: make_mds(task.work, task.length, folder))
     share = task.batch // ranks
     data = StreamingDataset(local=folder, shuffle=True, batch_size=share, num_canonical_nodes=1)
     loader = StreamingDataLoader(data, batch_size=share, num_workers=0, drop_last=True)
@@ -112,7 +96,6 @@ def mosaicml_streaming(task: Task, rank: int, ranks: int) -> Iterating:
 def litdata(task: Task, rank: int, ranks: int) -> Iterating:
     """Its own data loader's state."""
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
-    from peers_load import make_litdata
 
     folder = once(task.prepared, lambda folder: make_litdata(task.work, task.length, folder))
     data = StreamingDataset(folder, item_loader=TokensLoader(block_size=task.length), shuffle=True, drop_last=True)

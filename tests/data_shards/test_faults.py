@@ -46,9 +46,7 @@ def write(path, lines):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
 @pytest.mark.parametrize("kind", FAULTY)
-def test_a_fault_stops_or_is_left_out_and_named_with_its_line(refused, capfd, tokenizer, tmp_path, kind, name):
-    from dist_train.cli import main
-
+def test_a_fault_stops_or_is_left_out_and_named_with_its_line(refused, command, tokenizer, tmp_path, kind, name):
     line, reason = FAULTY[kind]
     write(tmp_path / name, [*GOOD[:17], line, *GOOD[17:]])
     where = f"{tmp_path / name}:18: "
@@ -56,14 +54,14 @@ def test_a_fault_stops_or_is_left_out_and_named_with_its_line(refused, capfd, to
     assert where in complaint and reason in complaint and f"faults.{kind}=skip" in complaint
 
     out = tmp_path / "skipped"
-    assert main([str(word) for word in arguments(tmp_path / name, tokenizer, out, f"faults.{kind}=skip")]) == 0
-    said = capfd.readouterr().out
+    code, said, _ = command(*arguments(tmp_path / name, tokenizer, out, f"faults.{kind}=skip"))
+    assert code == 0
     assert f"left out ({kind}): {where}" in said and f"1 {kind.replace('_', ' ')} left out" in said
     assert ShardedTokens(out).num_documents == len(GOOD)
     # The corpus is that of the file without the line.
     (tmp_path / "good").mkdir()
     write(tmp_path / "good" / name, GOOD)
-    assert main([str(word) for word in arguments(tmp_path / "good", tokenizer, tmp_path / "clean")]) == 0
+    assert command(*arguments(tmp_path / "good", tokenizer, tmp_path / "clean"))[0] == 0
     assert ShardedTokens(out)[:].tolist() == ShardedTokens(tmp_path / "clean")[:].tolist()
 
 

@@ -36,19 +36,6 @@ def tokenizer(tmp_path_factory):
 
 
 @pytest.fixture
-def refused_or_passed(capfd):
-    """A command in this process: its exit code and what it printed."""
-    from dist_train.cli import main
-
-    def run(*words):
-        capfd.readouterr()
-        code = main([str(word) for word in words])
-        return code, *capfd.readouterr()
-
-    return run
-
-
-@pytest.fixture
 def inputs(tmp_path):
     """The texts as plain, gzip and zstd JSONL, Parquet and text, a fifth each."""
     parts = [TEXTS[i::5] for i in range(5)]
@@ -114,13 +101,13 @@ def damage(kind, folder):
 @pytest.mark.parametrize(
     "kind", ["a flipped byte", "a missing file", "a wrong size", "a truncated index", "another type in the index"]
 )
-def test_verify_names_what_is_damaged(inputs, tokenizer, tmp_path, refused_or_passed, kind):
+def test_verify_names_what_is_damaged(inputs, tokenizer, tmp_path, command, kind):
     prepare(inputs[0], tokenizer[0], tmp_path / "out")
-    code, out, _ = refused_or_passed("prepare", "--verify", f"out={tmp_path / 'out'}", f"tokenizer={tokenizer[0]}")
+    code, out, _ = command("prepare", "--verify", f"out={tmp_path / 'out'}", f"tokenizer={tokenizer[0]}")
     assert code == 0
     assert f"{len(inputs[1])} documents, every byte as written" in out
     name = damage(kind, tmp_path / "out")
-    code, _, err = refused_or_passed("prepare", "--verify", f"out={tmp_path / 'out'}")
+    code, _, err = command("prepare", "--verify", f"out={tmp_path / 'out'}")
     assert code == 2
     assert name in err
     assert err.count("\n") == 1
@@ -140,19 +127,17 @@ def test_verify_by_two_ranks_names_every_damaged_file(inputs, tokenizer, tmp_pat
     assert all(f"{name} has another checksum" in done.stderr for name in names), done.stderr
 
 
-def test_verify_names_another_tokenizer(inputs, tokenizer, tmp_path, refused_or_passed):
+def test_verify_names_another_tokenizer(inputs, tokenizer, tmp_path, command):
     from dist_train.tokenizer import train_tokenizer
 
     prepare(inputs[0], tokenizer[0], tmp_path / "out")
     train_tokenizer(TEXTS[::2], tmp_path / "other", 330)
-    code, _, err = refused_or_passed(
-        "prepare", "--verify", f"out={tmp_path / 'out'}", f"tokenizer={tmp_path / 'other'}"
-    )
+    code, _, err = command("prepare", "--verify", f"out={tmp_path / 'out'}", f"tokenizer={tmp_path / 'other'}")
     assert code == 2
     assert "made with another tokenizer" in err
 
 
-def test_a_dataset_is_read_as_datasets_resolves_it(inputs, tokenizer, tmp_path, refused_or_passed):
+def test_a_dataset_is_read_as_datasets_resolves_it(inputs, tokenizer, tmp_path, command):
     import datasets
 
     folder = tmp_path / "dataset"
@@ -161,13 +146,13 @@ def test_a_dataset_is_read_as_datasets_resolves_it(inputs, tokenizer, tmp_path, 
         pq.write_table(pa.table({"text": texts}), folder / "data" / f"{split}-00000-of-00001.parquet")
     expected = datasets.load_dataset(str(folder), split="test", cache_dir=str(tmp_path / "cache"))["text"]
     words = [f"dataset={{path: {folder}, split: test}}", f"tokenizer={tokenizer[0]}", f"out={tmp_path / 'out'}"]
-    code, _, err = refused_or_passed("prepare", *words)
+    code, _, err = command("prepare", *words)
     assert code == 0, err
     corpus = ShardedTokens(tmp_path / "out")
     found = [corpus.document(i).tolist() for i in range(corpus.num_documents)]
     assert found == [[1, *ids, 2] for ids in tokenizer[1].encode(list(expected))]
 
-    code, _, err = refused_or_passed("prepare", f"dataset={{path: {folder}, split: dev}}", *words[1:])
+    code, _, err = command("prepare", f"dataset={{path: {folder}, split: dev}}", *words[1:])
     assert code == 2
     assert "no files for split 'dev'; it has train, test" in err
 
@@ -180,8 +165,8 @@ def test_a_dataset_is_read_as_datasets_resolves_it(inputs, tokenizer, tmp_path, 
         (["inputs=x", "dataset={path: y}", "tokenizer=t"], "not both"),
     ],
 )
-def test_what_is_missing_is_asked_for(words, message, refused_or_passed):
-    code, _, err = refused_or_passed("prepare", "out=o", *words)
+def test_what_is_missing_is_asked_for(words, message, command):
+    code, _, err = command("prepare", "out=o", *words)
     assert code == 2
     assert message in err
 
