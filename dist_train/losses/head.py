@@ -33,6 +33,18 @@ class Head:
         """`hidden @ weight.T + bias` in the head's dtype."""
         return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
+    def space(self, rows: int) -> Tensor:
+        """Room for the raw logits of so many rows, [R, V]."""
+        return self.weight.new_empty(rows, len(self.weight))
+
+    def raw_into(self, space: Tensor, hidden: Tensor) -> None:
+        """`raw` of `hidden` [R, D], into `space` [R, V]; outside of the autograd graph."""
+        hidden = hidden.to(self.weight.dtype)
+        if self.bias is None:
+            torch.mm(hidden, self.weight.T, out=space)
+        else:
+            torch.addmm(self.bias, hidden, self.weight.T, out=space)
+
     def finished(self, raw: Tensor) -> Tensor:
         """From `raw`'s product to logits; the same tensor where nothing is left to do."""
         logits = raw.to(working_dtype(raw)) * self.scale if self.scale != 1.0 else raw.to(working_dtype(raw))

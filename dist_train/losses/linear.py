@@ -24,8 +24,8 @@ from dist_train.losses.terms import TERMS, Options, advantage_deviation, needs_t
 # the products waiting for the weights to be read and the weight's gradient to be written.
 _CHUNK_ELEMENTS = {"cpu": 5 << 20, "cuda": 1 << 24}
 _LEAST_ROWS = {"cpu": 704, "cuda": 512}
-# Without a target, whose head is the wide one; at 32,000 tokens a CPU's chunk is just too large for malloc to keep.
-_LEAST_ROWS_ALONE = {"cpu": 264, "cuda": 512}
+# Without a target, whose head is the wide one.
+_LEAST_ROWS_ALONE = {"cpu": 240, "cuda": 512}
 # A chunk's share of the free memory, of which it takes two tensors in fp32.
 _FREE_SHARE = 1 / 4
 # A block is what the losses are taken for, a dozen tensors: as many rows of a chunk as a cache holds of them, and not
@@ -143,17 +143,20 @@ class _Chunks:
     size: int
     count: int
 
-    def __iter__(self) -> Iterator[slice]:
-        """The rows of each chunk."""
-        for first in range(0, len(self.hidden), self.size):
-            yield slice(first, min(first + self.size, len(self.hidden)))
+    def raw_logits(self) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+        """The rows of each chunk, and what the drafter's and the target's heads give for them, as `Head.raw` does.
 
-    def raw_logits(self, rows: slice) -> tuple[Tensor, Tensor | None]:
-        """What the drafter's and the target's heads give for a chunk, [R, V], as `Head.raw` does."""
-        z = self.drafter.raw(self.hidden[rows])
-        if self.target is None or self.target_hidden is None:
-            return z, None
-        return z, self.target.raw(self.target_hidden[rows])
+        [R, V] each, in memory that the next chunk's take over: a CPU's allocator would keep some of every chunk's.
+        """
+        z = self.drafter.space(min(self.size, len(self.hidden)))
+        y = None if self.target is None else self.target.space(len(z))
+        for first in range(0, len(self.hidden), self.size):
+            rows = slice(first, min(first + self.size, len(self.hidden)))
+            used = slice(rows.stop - rows.start)
+            self.drafter.raw_into(z[used], self.hidden[rows])
+            if self.target is not None and self.target_hidden is not None and y is not None:
+                self.target.raw_into(y[used], self.target_hidden[rows])
+            yield rows, z[used], None if y is None else y[used]
 
     def blocks(self, rows: slice, z: Tensor, y: Tensor | None) -> Iterator[tuple[slice, Tensor, Distributions]]:
         """(rows of the chunk, drafter logits before their temperature, both distributions) of each block."""
@@ -169,9 +172,8 @@ class _Chunks:
             heated = _heated(logits, self.options.drafter_temperature)
             yield block, logits, Distributions(heated, target_logits, None if labels is None else labels[block])
 
-    def differentiate(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """A chunk's loss, sums of its statistics, and gradient at the drafter's raw logits, [R, V] in their dtype."""
-        z, y = self.raw_logits(rows)
+    def differentiate(self, rows: slice, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A chunk's loss and sums of its statistics; `z` becomes the gradient at the drafter's raw logits."""
         loss = torch.zeros((), dtype=torch.float64, device=z.device)
         sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=z.device)
         for block, logits, d in self.blocks(rows, z, y):
@@ -181,7 +183,7 @@ class _Chunks:
                 sums += statistics(d)
             z[block] = self.drafter.raw_gradient(gradient, logits)  # in place of the logits, which are done with
             del d, gradient  # before the next block's are made
-        return loss, sums, z
+        return loss, sums
 
     def _weighted_sum(self, d: Distributions) -> tuple[Tensor, Tensor]:
         """The losses of a block added up, and their gradient at the logits before their temperature."""
@@ -202,8 +204,8 @@ class _Chunks:
     def mean_mu(self) -> Tensor:
         """TVD++'s mean reward over the rows, fp64."""
         total = torch.zeros((), dtype=torch.float64, device=self.hidden.device)
-        for rows in self:
-            for _, _, d in self.blocks(rows, *self.raw_logits(rows)):
+        for chunk in self.raw_logits():
+            for _, _, d in self.blocks(*chunk):
                 total += d.mu.sum()
         return total / max(len(self.hidden), 1)
 
@@ -227,8 +229,8 @@ class _LinearDivergence(torch.autograd.Function):
         bias_gradient = torch.zeros_like(bias, dtype=dtype) if bias_wanted and bias is not None else None
         loss = torch.zeros((), dtype=torch.float64, device=hidden.device)
         sums = torch.zeros(len(STATISTICS), dtype=torch.float64, device=hidden.device)
-        for rows in chunks:
-            chunk_loss, chunk_sums, gradient = chunks.differentiate(rows)
+        for rows, gradient, y in chunks.raw_logits():
+            chunk_loss, chunk_sums = chunks.differentiate(rows, gradient, y)
             loss += chunk_loss
             sums += chunk_sums
             if hidden_gradient is not None:
@@ -237,7 +239,6 @@ class _LinearDivergence(torch.autograd.Function):
                 _add_product(weight_gradient[used], gradient.T, hidden[rows].to(weight.dtype))
             if bias_gradient is not None:
                 bias_gradient[used] += gradient.sum(0, dtype=dtype)
-            del gradient  # before the next chunk's logits are made
         ctx.gradients = (hidden_gradient, weight_gradient, bias_gradient)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.mark_non_differentiable(sums)
