@@ -28,10 +28,13 @@ _STEPS_LOCATED = 32  # at once: the order is array work, and a step alone has fe
 
 @dataclass(frozen=True)
 class Source:
-    """A corpus and its share of the mixture: relative to the others, or as `epochs` times its size."""
+    """A corpus and its share of the mixture: relative to the others, or as `epochs` times its size.
+
+    With neither, conversations have 9 times the weight of text.
+    """
 
     corpus: ShardedTokens
-    weight: float = 1.0
+    weight: float | None = None
     epochs: float | None = None
 
 
@@ -104,6 +107,13 @@ class TokenLoader:
             for at in range(0, self._share, self._micro_batch)
         ]
 
+    def first(self) -> Batch:
+        """The first sequence of the order alone, the same on every rank: [1, T]."""
+        sources, indices = self._order.locate(np.zeros(1, np.int64))
+        batch = Batch.of_text(1, self._length)
+        self._samples[int(sources[0])].fill(batch, np.zeros(1, np.int64), indices)
+        return batch
+
     def _locate(self, chunk: int) -> tuple[Array, Array]:
         """Source and sample of each row of this rank, int64 [steps, rows], for a few steps at a time."""
         steps = chunk * _STEPS_LOCATED + np.arange(_STEPS_LOCATED)
@@ -135,7 +145,9 @@ def _weights(sources: Sequence[Source], sizes: Sequence[int]) -> list[float]:
     if len({source.epochs is None for source in sources}) > 1:
         raise ValueError("give every source of the mixture epochs, or none")
     return [
-        source.weight if source.epochs is None else source.epochs * size
+        source.epochs * size
+        if source.epochs is not None
+        else source.weight or (9.0 if source.corpus.num_packs else 1.0)
         for source, size in zip(sources, sizes, strict=True)
     ]
 

@@ -113,7 +113,7 @@ class FusedHead(nn.Linear):
 class TrainableDrafter(nn.Module):
     """A drafter whose forward pass ends in a loss rather than in logits; what the training engine holds."""
 
-    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, compiled: bool = False) -> None:
         super().__init__()
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or getattr(model.config, "final_logit_softcapping", None):
@@ -121,6 +121,9 @@ class TrainableDrafter(nn.Module):
         head.__class__ = FusedHead  # the same parameters under the same names, tied ones included
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        if compiled:
+            for block in model.get_decoder().layers:  # in place, so that parameters keep their names
+                block.compile()
         self.model = model
 
     def forward(self, input_ids: Tensor, positions: Tensor, loss: Callable[[Tensor, Head], Result]) -> Result:

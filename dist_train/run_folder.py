@@ -4,6 +4,9 @@ RUN/config.yaml         the resolved configuration
 RUN/metrics.jsonl       one line of figures for each step
 RUN/tensorboard/        the same as curves
 RUN/checkpoints/        see train/checkpoint.py
+RUN/lease.json          which process writes here, see train/lease.py
+RUN/logs/               what each rank did
+RUN/profile/            traces of torch's profiler, with log.profile
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from data_shards.files import file_xxh64, read_json
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+LOGS = "logs"
+PROFILE = "profile"
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"  # in a run's checkpoint folder: the name of the newest one
 MANIFEST = "manifest.json"

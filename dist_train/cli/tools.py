@@ -128,7 +128,7 @@ def _run_checkpoint(options: argparse.Namespace) -> int:
     damaged = 0
     for folder, manifest in folders:
         size = sum(record["bytes"] for record in manifest["files"].values())
-        line = f"{folder.name}  {manifest['world_size']} ranks  ZeRO {manifest['zero_stage']}  {size / 2**20:.1f} MiB"
+        line = f"{folder.name}  {size / 2**20:.1f} MiB  written by {manifest['world_size']} ranks"
         misfits = verify(folder) if options.action == "verify" else []
         damaged += bool(misfits)
         whole = "whole" if options.action == "verify" else ""

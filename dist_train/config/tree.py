@@ -39,6 +39,8 @@ class RunSection(Section):
     """of initial weights and of the order of samples"""
     resume: Literal["auto", "must"] = "auto"
     """auto: go on from the newest checkpoint if there is one; must: an error if there is none (--resume)"""
+    hang_timeout: float = Field(default=900.0, gt=0)
+    """seconds without a finished step after which a rank tells where it stands and ends"""
 
 
 class DrafterSection(Section):
@@ -67,8 +69,13 @@ class TargetSection(Section):
     """Hugging Face folder or hub id"""
     revision: str | None = None
     precision: Precision = "bf16"
-    sharding: Literal["replicate", "zero3"] = "replicate"
-    """replicate: every rank holds it whole; zero3: DeepSpeed partitions it over all ranks"""
+    sharding: Literal["replicate", "zero3", "tp"] = "replicate"
+    """replicate: every rank holds it whole; zero3: DeepSpeed partitions it over all ranks; tp: groups of tp_size ranks
+    hold it tensor-parallel"""
+    tp_size: PositiveInt = 2
+    """ranks of a tensor-parallel group; keep it within a node"""
+    offload: bool = False
+    """zero3: keep the partitions in the host's memory"""
     trust_remote_code: bool = False
     """run model code that comes with the weights"""
 
@@ -78,8 +85,8 @@ class SourceSection(Section):
 
     path: Path
     """folder made by dist-train prepare"""
-    weight: float = Field(default=1.0, gt=0)
-    """share of the samples, relative to the other sources"""
+    weight: float | None = Field(default=None, gt=0)
+    """share of the samples, relative to the other sources; null: 9 for conversations, 1 for text"""
     epochs: float | None = Field(default=None, gt=0)
     """instead of weight, for all sources or none: the share that goes through this one so often as the others theirs"""
 
@@ -147,6 +154,37 @@ class TrainSection(Section):
     deepspeed: str = "zero1"
     """name in ds_configs or path of a DeepSpeed JSON"""
     gradient_checkpointing: bool = False
+    compile: bool = False
+    """torch.compile the drafter's blocks: pays on a GPU after a minute or two of compiling"""
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    """keep an average of the weights, w += (1 - decay) (new - w) each step; in checkpoints beside them, as ema"""
+    max_skipped: PositiveInt = 10
+    """steps of non-finite loss or gradient, left out one after the other, that end the run"""
+    skip_spikes: bool = False
+    """leave steps out whose loss is 6 deviations above the last 128 (they are counted and told anyway)"""
+
+
+class OnPolicySection(Section):
+    """Responses that the drafter itself writes, scored by the target (Agarwal et al., 2024, on-policy distillation)."""
+
+    share: float = Field(default=0.0, ge=0, le=1)
+    """of the sequences whose responses the drafter writes anew; 0: none"""
+    every: PositiveInt = 1
+    """steps between such steps"""
+    temperature: float = Field(default=1.0, gt=0)
+
+
+class HeldOutSection(Section):
+    """Figures on a corpus that is not trained on."""
+
+    path: Path
+    """prepared corpus"""
+    every: PositiveInt = 500
+    """steps between looks"""
+    sequences: PositiveInt = 64
+    """the same ones each time"""
+    gammas: list[PositiveInt] = Field(default=[3, 5], min_length=1)
+    """drafted tokens per block, for the simulated block efficiency"""
 
 
 class CheckpointSection(Section):
@@ -158,14 +196,18 @@ class CheckpointSection(Section):
     """newest checkpoints kept"""
     keep_every: PositiveInt | None = None
     """steps whose multiples are kept for good"""
+    asynchronous: bool = True
+    """write while training goes on; false: wait until it is written"""
 
 
 class LogSection(Section):
     """What is reported while training."""
 
     every: PositiveInt = 10
-    """steps between lines on a screen that is no terminal"""
+    """steps between lines in the ranks' log files"""
     tensorboard: bool = True
+    profile: PositiveInt | None = None
+    """trace so many steps, after three, with torch's profiler: RUN/profile, to be opened in Perfetto or TensorBoard"""
 
 
 class SeedsSection(Section):
@@ -274,6 +316,8 @@ class TrainConfig(Section):
     """loss name to weight, for example {ce: 0.5, kld: 0.5}; all but ce need the target"""
     loss: LossSection = LossSection()
     train: TrainSection
+    on_policy: OnPolicySection = OnPolicySection()
+    held_out: HeldOutSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 

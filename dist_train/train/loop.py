@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from data_shards import Batch, TokenLoader
+from data_shards import TokenLoader
 from dist_train.config import TrainConfig
 from dist_train.errors import UserError
 from dist_train.losses import STATISTICS
 from dist_train.runtime import Runtime
+from dist_train.train.batch import DeviceBatch, on_device
 from dist_train.train.checkpoint import Checkpoints
-from dist_train.train.guard import StopSignal, check_finite
+from dist_train.train.guard import LossGuard, StepControl, StopSignal, Watchdog
+from dist_train.train.held_out import HeldOut
 from dist_train.train.metrics import Metrics
 from dist_train.train.objective import Objective
+from dist_train.train.on_policy import OnPolicy
 from dist_train.train.schedule import learning_rate
+from dist_train.train.state import DrafterState
+from dist_train.train.timing import Phases
 
-
-class DeviceBatch(NamedTuple):
-    """A micro-batch on the device, each [B, T]: ids and labels int64, mask bool, positions int64."""
-
-    input_ids: Tensor
-    labels: Tensor
-    mask: Tensor
-    positions: Tensor
+_PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
 @dataclass
@@ -37,40 +35,52 @@ class Training:
     config: TrainConfig
     runtime: Runtime
     engine: Any
+    drafter: DrafterState
+    control: StepControl
     loader: TokenLoader
     objective: Objective
+    on_policy: OnPolicy | None
+    held_out: HeldOut | None
+    guard: LossGuard
     checkpoints: Checkpoints
     metrics: Metrics
+    phases: Phases
     step: int = 0
     tokens: int = 0
 
     def fit(self) -> bool:
         """Train to the last step, or to the first step boundary after a stop signal; True when it is finished."""
-        with StopSignal() as stop:
-            while self.step < self.config.train.steps:
+        last_step = self.config.train.steps
+        with ExitStack() as stack:
+            stop = stack.enter_context(StopSignal())
+            watchdog = stack.enter_context(Watchdog(self.config.run.hang_timeout, self.runtime.rank))
+            profiler = stack.enter_context(self.metrics.profiler(self.step))
+            stopping = False
+            while self.step < last_step and not stopping:
                 began = time.monotonic()
-                batches = [self._on_device(batch) for batch in next(self.loader)]
-                data_wait = time.monotonic() - began
+                with self.phases("data"):
+                    batches = [on_device(batch, self.runtime.device) for batch in next(self.loader)]
                 figures, stopping = self._optimizer_step(batches, stop)
                 self.step += 1
-                seconds = time.monotonic() - began
-                tokens = self.config.train.global_batch * self.config.data.sequence_length
-                self.tokens += tokens
-                figures |= {
-                    "perf/tokens_per_s": tokens / seconds,
-                    "perf/data_wait": data_wait / seconds,
-                    "progress/tokens": self.tokens,
-                }
-                self.metrics.log(self.step, figures)
-                if stopping or self.checkpoints.due(self.step, self.config.train.steps):
+                self.tokens += self.config.train.global_batch * self.config.data.sequence_length
+                figures |= self.metrics.pace(self.phases.read(), time.monotonic() - began)
+                if self.held_out is not None and self.held_out.due(self.step, last_step):
+                    figures |= self.held_out.measure(self.engine.module)
+                self.metrics.log(self.step, {**figures, "progress/tokens": self.tokens})
+                if stopping or self.checkpoints.due(self.step, last_step):
                     self.save()
-                if stopping:
-                    return self.step == self.config.train.steps
-        return True
+                watchdog.beat(self.step)
+                profiler.step()
+            self.checkpoints.commit()
+        return self.step == last_step
 
     def _optimizer_step(self, batches: list[DeviceBatch], stop: StopSignal) -> tuple[dict[str, float], bool]:
         """One optimizer step over this rank's micro-batches: its figures, and whether any rank was asked to stop."""
         engine, objective, target = self.engine, self.objective, self.objective.target
+        if self.on_policy is not None and self.on_policy.due(self.step):
+            with self.phases("on_policy"):
+                first = self.step * self.config.train.global_batch + self.runtime.rank * len(batches)
+                batches = [self.on_policy.rewrite(engine.module, b, first + i) for i, b in enumerate(batches)]
         num_positions = int(self.runtime.sum(torch.stack([batch.mask.sum() for batch in batches]).sum()))
         if objective.needs_batch_mu and objective.batch_mu is None:
             objective.observe(self._measure_mu(batches, num_positions))
@@ -78,32 +88,53 @@ class Training:
         for group in engine.optimizer.param_groups:
             group["lr"] = rate
 
-        total = torch.zeros(1 + len(STATISTICS) + 1, dtype=torch.float64, device=self.runtime.device)
+        totals = torch.zeros(1 + len(STATISTICS), dtype=torch.float64, device=self.runtime.device)
         for batch in batches:
-            hidden = target(batch.input_ids, batch.positions) if target else None
-            loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
-            loss, statistics = engine(batch.input_ids, batch.positions, loss_function)
-            # The engine averages over micro-batches and ranks; this loss is already its share of the global mean.
-            engine.backward(loss * (len(batches) * self.runtime.world_size))
-            total[:-1] += torch.cat([loss.detach().double()[None], statistics])
-            if batch is batches[-1]:
-                total[-1] = stop.received
-                self.runtime.sum(total)
-                check_finite(float(total[0]), None, self.step + 1)
+            with self.phases("target"):
+                hidden = target(batch.input_ids, batch.positions) if target else None
+            with self.phases("drafter"):
+                loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
+                loss, statistics = engine(batch.input_ids, batch.positions, loss_function)
+                # The engine averages over micro-batches and ranks; this loss is already its share of the global mean.
+                engine.backward(loss * (len(batches) * self.runtime.world_size))
+            totals += torch.cat([loss.detach().double()[None], statistics])
+            if batch is not batches[-1]:
+                engine.step()
+        with self.phases("communication"):  # and the wait for the slowest rank
+            (loss_sum, *sums), stopping = self._agree(totals, stop)
+        self.control.skip, self.control.applied = self.guard.must_skip(loss_sum), False
+        with self.phases("optimizer"):
             engine.step()
 
-        loss_sum, *sums, stopping = total.tolist()
-        gradient_norm = engine.get_global_grad_norm()
-        gradient_norm = None if gradient_norm is None else float(gradient_norm)
-        check_finite(loss_sum, gradient_norm, self.step + 1)
-        figures = {"train/loss": loss_sum, "train/lr": rate}
-        if gradient_norm is not None:
-            figures["train/grad_norm"] = gradient_norm
+        self.guard.count(applied=self.control.applied, loss=loss_sum, step=self.step + 1, samples=self._samples())
+        figures = {"train/loss": loss_sum, "train/lr": rate, "train/skipped": self.guard.skipped}
+        norm = engine.get_global_grad_norm()
+        if norm is not None:
+            figures["train/grad_norm"] = float(norm)
         if target:
             means = {name: value / max(num_positions, 1) for name, value in zip(STATISTICS, sums, strict=True)}
             objective.observe(means.pop("mu"))
             figures |= {f"train/{name}": value for name, value in means.items()}
-        return figures, stopping > 0
+        return figures, stopping
+
+    def _agree(self, totals: torch.Tensor, stop: StopSignal) -> tuple[list[float], bool]:
+        """The sums of `totals` over all ranks, and whether any was told to stop; commits a checkpoint that all wrote.
+
+        Raises UserError, on all ranks, when another process has taken over the run.
+        """
+        lease, written = self.checkpoints.lease, self.checkpoints.written
+        signs = [stop.received, written, self.runtime.is_first and lease.lost]
+        together = torch.cat([totals, torch.tensor(signs, dtype=totals.dtype, device=totals.device)])
+        *sums, stopping, writers_done, lost = self.runtime.sum(together).tolist()
+        if lost:
+            raise UserError(lease.complaint())
+        if writers_done == self.runtime.world_size:
+            self.checkpoints.commit()
+        return sums, stopping > 0
+
+    def _samples(self) -> str:
+        first = self.step * self.config.train.global_batch
+        return f"samples {first} to {first + self.config.train.global_batch - 1} of the order"
 
     @torch.no_grad()
     def _measure_mu(self, batches: list[DeviceBatch], num_positions: int) -> float:
@@ -111,42 +142,39 @@ class Training:
         objective = self.objective
         objective.batch_mu = 0.5  # any value: only the statistics of this pass are used
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        self.engine.module.eval()
         for batch in batches:
             hidden = objective.target(batch.input_ids, batch.positions) if objective.target else None
             loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
             _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function)
             total += statistics[STATISTICS.index("mu")]
+        self.engine.module.train()
         return float(self.runtime.sum(total)) / max(num_positions, 1)
 
-    def _on_device(self, batch: Batch) -> DeviceBatch:
-        tensors = (torch.from_numpy(array) for array in batch)
-        if self.runtime.device.type == "cuda":
-            tensors = (tensor.pin_memory() for tensor in tensors)
-        ids, labels, mask, positions = (tensor.to(self.runtime.device, non_blocking=True) for tensor in tensors)
-        return DeviceBatch(ids, labels, mask.bool(), positions)
+    # -- checkpoints --------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Commit a checkpoint of where the run stands."""
+        """Begin to write a checkpoint of where the run stands."""
         self.metrics.flush()
-        self.checkpoints.save(self.step, self.engine, self.state_dict())
+        self.checkpoints.save(self.step, self.engine.module.model, self.drafter, self.state_dict())
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False when there is none. Raises UserError when the run has changed."""
-        manifest = self.checkpoints.load(self.engine)
+        manifest = self.checkpoints.load(self.drafter)
         if manifest is None:
             return False
         self.load_state_dict(manifest["state"])
         return True
 
-    # -- what a checkpoint holds beside the engine --------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
-        """What is not in the engine."""
+        """What is not in the engine, and a figure by which a restored engine is known to be right."""
         return {
             "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "objective": self.objective.state_dict(),
+            "guard": self.guard.state_dict(),
             "target": self.objective.target.identity if self.objective.target else None,
+            "probe_loss": self.probe(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -159,5 +187,22 @@ class Training:
             )
         self.loader.load_state_dict(state["loader"])
         self.objective.load_state_dict(state["objective"])
+        self.guard.load_state_dict(state["guard"])
         self.tokens = state["tokens"]
         self.step = state["loader"]["step"]
+        found, saved = self.probe(), state["probe_loss"]
+        if abs(found - saved) > _PROBE_TOLERANCE[self.config.train.precision] * max(1.0, abs(saved)):
+            raise UserError(
+                f"the drafter restored from step {self.step} has a loss of {found:.4f} on the run's first sequence, it "
+                f"had {saved:.4f} when it was saved; {self.config.run.dir} was begun with another precision or shape?"
+            )
+
+    @torch.no_grad()
+    def probe(self) -> float:
+        """Cross-entropy of the drafter on the first sequence of the run, the same one on every rank."""
+        batch = on_device(self.loader.first(), self.runtime.device)
+        self.engine.module.eval()
+        loss_function = self.objective.cross_entropy(batch.labels, batch.mask)
+        loss = float(self.engine.module(batch.input_ids, batch.positions, loss_function))
+        self.engine.module.train()
+        return loss

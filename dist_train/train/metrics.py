@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -11,12 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from data_shards import DataError
+from data_shards.files import write_atomically
+from dist_train.errors import UserError
 from dist_train.progress import Progress
-from dist_train.run_folder import METRICS, TENSORBOARD, read_metrics
+from dist_train.run_folder import LOGS, METRICS, PROFILE, TENSORBOARD, read_metrics
 
 if TYPE_CHECKING:
     from dist_train.config import LogSection
     from dist_train.runtime import Runtime
+    from dist_train.train.timing import Throughput
+
+
+rank_log = logging.getLogger("dist_train.rank")
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        """Nothing is traced."""
 
 
 class Metrics:
@@ -24,14 +39,18 @@ class Metrics:
     beyond its newest checkpoint is cut off.
     """
 
-    def __init__(self, run: Path, name: str, steps: int, log: LogSection, runtime: Runtime) -> None:
+    def __init__(
+        self, run: Path, name: str, steps: int, log: LogSection, runtime: Runtime, throughput: Throughput
+    ) -> None:
         self._run, self._name, self._steps, self._log = run, name, steps, log
-        self._device, self._enabled = runtime.device, runtime.is_first
+        self._device, self._rank, self._enabled = runtime.device, runtime.rank, runtime.is_first
+        self._throughput = throughput
         self._writer: Any = None
 
     @contextmanager
     def going_on_from(self, step: int) -> Iterator[None]:
         """Keep the files open for the length of a `with` block, in which the steps after `step` are logged."""
+        rank_log.info("begins at step %d of %d", step, self._steps)
         if not self._enabled:
             yield
             return
@@ -54,6 +73,9 @@ class Metrics:
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures (`group/name`) of step `step`, counted from 1."""
+        if step % self._log.every == 0:
+            shares = {tag: value for tag, value in figures.items() if tag.startswith("perf/")}
+            rank_log.info("step %d: loss %.6g, %s", step, figures["train/loss"], _listed(shares))
         if not self._enabled:
             return
         figures = {**figures, "perf/memory_gib": self._memory_gib()}
@@ -63,6 +85,29 @@ class Metrics:
                 self._writer.add_scalar(tag, value, step)
         shown = {"loss": "train/loss", "acceptance": "train/acceptance", "tokens/s": "perf/tokens_per_s"}
         self._bar.update(step, **{name: figures[tag] for name, tag in shown.items() if tag in figures})
+
+    def pace(self, phases: dict[str, float], seconds: float) -> dict[str, float]:
+        """`perf/...` of a step of so many seconds: throughput, and the share of each phase."""
+        work = self._throughput
+        figures = {"perf/tokens_per_s": work.tokens / seconds}
+        if work.peak_flops is not None:
+            figures["perf/mfu"] = work.flops / seconds / work.peak_flops
+        names = {"data": "data_wait"}
+        figures |= {f"perf/{names.get(phase, phase)}": spent / seconds for phase, spent in phases.items()}
+        return figures
+
+    @contextmanager
+    def profiler(self, step: int) -> Iterator[Any]:
+        """Something whose `step()` is called after each step; traces a few of them where `log.profile` says so."""
+        if self._log.profile is None:
+            yield _NoProfiler()
+            return
+        from torch.profiler import profile, schedule, tensorboard_trace_handler
+
+        handler = tensorboard_trace_handler(str(self._run / PROFILE), worker_name=f"rank-{self._rank:05d}-step-{step}")
+        plan = schedule(wait=2, warmup=1, active=self._log.profile, repeat=1)
+        with profile(schedule=plan, on_trace_ready=handler, record_shapes=True) as profiler:
+            yield profiler
 
     def flush(self) -> None:
         """Called at every checkpoint, so that curves and weights go together."""
@@ -82,6 +127,39 @@ class Metrics:
 
 
 def _cut(path: Path, first_step: int) -> None:
-    """Drop the lines of steps after `first_step`: they are about to be made again."""
+    """Drop the lines of steps after `first_step`: they are about to be made again.
+
+    A new file takes the old one's name: what a left-over process still appends goes to the old one, and nowhere.
+    """
     kept = [line for line in read_metrics(path.parent) if line["step"] <= first_step]
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    write_atomically(path, ["".join(json.dumps(line) + "\n" for line in kept).encode()])
+
+
+def _listed(figures: dict[str, float]) -> str:
+    return ", ".join(f"{tag.removeprefix('perf/')} {value:.4g}" for tag, value in figures.items())
+
+
+@contextmanager
+def rank_log_file(run: Path, rank: int) -> Iterator[None]:
+    """RUN/logs/rank-N.log for the length of a `with` block: what this rank did, warnings, how it ended."""
+    folder = run / LOGS
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank-{rank:05d}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    rank_log.setLevel(logging.INFO)
+    rank_log.propagate = False
+    loggers = (rank_log, logging.getLogger("py.warnings"))
+    for logger in loggers:
+        logger.addHandler(handler)
+    logging.captureWarnings(True)
+    rank_log.info("process %d on %s", os.getpid(), socket.gethostname())
+    try:
+        yield
+    except BaseException as error:
+        rank_log.error("ends: %s", error, exc_info=not isinstance(error, UserError | DataError))
+        raise
+    finally:
+        logging.captureWarnings(False)
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()

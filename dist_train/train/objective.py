@@ -66,6 +66,14 @@ class Objective:
 
         return loss_function
 
+    def cross_entropy(self, labels: Tensor, mask: Tensor) -> Callable[[Tensor, Head], Tensor]:
+        """The mean cross-entropy of a batch alone, whatever the objective."""
+
+        def loss_function(hidden: Tensor, head: Head) -> Tensor:
+            return linear_divergence("ce", hidden, head, None, None, mask, self._chunk_size, labels=labels).loss
+
+        return loss_function
+
     def observe(self, mu: float) -> None:
         """Remember the mean reward of the global batch that was just stepped on."""
         if self.needs_batch_mu:

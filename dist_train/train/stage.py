@@ -10,7 +10,7 @@ from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.drafter import TrainableDrafter, drafter_config, find_model, load_drafter, new_drafter
 from dist_train.errors import UserError
-from dist_train.run_folder import list_checkpoints, read_metrics
+from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
 from dist_train.target import Target, check_vocabulary, read_target_config
 from dist_train.tokenizer import Tokenizer, load_tokenizer
@@ -34,6 +34,14 @@ def check(config: TrainConfig) -> None:
         found = AutoConfig.from_pretrained(find_model(config.drafter.init_from)).vocab_size
         if found != vocab_size:
             raise UserError(f"{config.drafter.init_from}: a vocabulary of {found}, not the {vocab_size} of this run")
+    if config.held_out is not None:
+        held_out = ShardedTokens(config.held_out.path)
+        if held_out.encoding.tokenizer != tokenizer.sha256:
+            raise UserError(f"{held_out.path}: not made with the tokenizer {config.tokenizer}; prepare it again")
+        if config.held_out.path.resolve() in {source.path.resolve() for source in config.data.sources}:
+            raise UserError(f"held_out.path {held_out.path} is trained on; hold another corpus out")
+    if config.on_policy.share and config.target is None:
+        raise UserError("on_policy.share asks the target to score what the drafter writes; set target.path")
     deepspeed_config(config.train, world_size=1)
     _loader(config, rank=0, world_size=1)
     if config.run.resume == "must" and not list_checkpoints(config.run.dir):
@@ -43,18 +51,33 @@ def check(config: TrainConfig) -> None:
 
 def run(config: TrainConfig) -> None:
     """Train; on every rank. Ends with a checkpoint of the last step, or of the step at which it was told to stop."""
+    from dist_train.train.guard import lost_peer
+    from dist_train.train.metrics import rank_log_file
+
     check(config)
-    with started() as runtime:
-        set_seed(config.run.seed)
-        training = _build(config, runtime)
-        resumed = training.resume()
-        if runtime.is_first:
-            save_config(config, config.run.dir / "config.yaml")
-            _introduce(training, resumed)
-        with training.metrics.going_on_from(training.step):
-            finished = training.fit()
-        if runtime.is_first:
-            _conclude(training, finished)
+    with started() as runtime, rank_log_file(config.run.dir, runtime.rank):
+        try:
+            _train(config, runtime)
+        except RuntimeError as error:
+            if not lost_peer(error):
+                raise
+            raise UserError(
+                f"rank {runtime.rank}: another rank is gone (killed, out of memory, or a lost node; see "
+                f"{config.run.dir / LOGS}); the same command goes on from the newest checkpoint"
+            ) from error
+
+
+def _train(config: TrainConfig, runtime: Runtime) -> None:
+    set_seed(config.run.seed)
+    training = _build(config, runtime)
+    resumed = training.resume()
+    if runtime.is_first:
+        save_config(config, config.run.dir / "config.yaml")
+        _introduce(training, resumed)
+    with training.metrics.going_on_from(training.step):
+        finished = training.fit()
+    if runtime.is_first:
+        _conclude(training, finished)
 
 
 def memory_report(config: TrainConfig, world_size: int) -> str:
@@ -79,10 +102,18 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
     """The parts of a run, each from its section of the configuration."""
     from dist_train.train.checkpoint import Checkpoints
     from dist_train.train.engine import build_engine
+    from dist_train.train.guard import LossGuard, StepControl
+    from dist_train.train.held_out import HeldOut
+    from dist_train.train.lease import Lease
     from dist_train.train.loop import Training
     from dist_train.train.metrics import Metrics
     from dist_train.train.objective import Objective
+    from dist_train.train.on_policy import OnPolicy
+    from dist_train.train.state import DrafterState
+    from dist_train.train.timing import Phases, throughput
 
+    lease = Lease(config.run.dir)
+    runtime.agree(lease.take)
     tokenizer = load_tokenizer(config.tokenizer)
     # Cross-entropy alone takes nothing of the target but the size of its vocabulary.
     target = Target(config.target, runtime) if config.target and set(config.objective) != {"ce"} else None
@@ -90,16 +121,26 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
         model = load_drafter(config.drafter.init_from)
     else:
         model = new_drafter(_shape(config, tokenizer), config.run.seed)
-    drafter = TrainableDrafter(model, gradient_checkpointing=config.train.gradient_checkpointing)
+    drafter = TrainableDrafter(
+        model, gradient_checkpointing=config.train.gradient_checkpointing, compiled=config.train.compile
+    )
     engine = build_engine(drafter, config.train, runtime)
+    objective = Objective(config.objective, config.loss, target)
+    log = (config.run.dir, _name(config), config.train.steps, config.log)
     return Training(
         config=config,
         runtime=runtime,
         engine=engine,
+        drafter=DrafterState(engine, has_ema=config.train.ema_decay is not None),
+        control=StepControl(engine, config.train.ema_decay),
         loader=_loader(config, runtime.rank, runtime.world_size),
-        objective=Objective(config.objective, config.loss, target),
-        checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime),
-        metrics=Metrics(config.run.dir, _name(config), config.train.steps, config.log, runtime),
+        objective=objective,
+        on_policy=OnPolicy(config.on_policy, config.run.seed) if config.on_policy.share else None,
+        held_out=HeldOut(config, runtime, objective) if config.held_out else None,
+        guard=LossGuard(config.train.max_skipped, skip_spikes=config.train.skip_spikes),
+        checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime, lease),
+        metrics=Metrics(*log, runtime, throughput(config, model, target, runtime)),
+        phases=Phases(runtime.device),
     )
 
 

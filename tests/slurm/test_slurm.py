@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from runs import weights
 
 TEMPLATES = Path(__file__).parents[2] / "slurm"
 STAGES = ("prepare", "pretrain", "generate", "distill", "evaluate")
@@ -37,11 +37,6 @@ def training(tiny, out, *more, steps):
 
 def steps_of(run):
     return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def weights(run):
-    newest = (run / "checkpoints" / "latest").read_text().strip()
-    return load_file(run / "checkpoints" / newest / "model" / "model.safetensors")
 
 
 @pytest.mark.parametrize("stage", STAGES)

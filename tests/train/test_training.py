@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shutil
@@ -15,47 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
-
-SHAPE = [
-    "drafter.hidden_size=16",
-    "drafter.layers=2",
-    "drafter.heads=2",
-    "drafter.mlp_size=32",
-    "drafter.max_positions=256",
-]
-MIXED = "objective={ce: 0.3, tvdpp: 0.7}"
-
-
-def arguments(tiny, out, *more, steps=6):
-    return [
-        f"run.dir={out}",
-        f"tokenizer={tiny.tokenizer}",
-        *SHAPE,
-        f"train.steps={steps}",
-        "train.global_batch=8",
-        "train.micro_batch=2",
-        "train.learning_rate=1e-2",
-        "train.precision=fp32",
-        "train.warmup_steps=2",
-        *more,
-    ]
-
-
-def distillation(tiny, out, *more, **options):
-    target = [f"target.path={tiny.target}", "target.precision=fp32", *tiny.data("chats", "corpus")]
-    return ["distill", *arguments(tiny, out, *target, MIXED, *more, **options)]
-
-
-def losses(run: Path) -> list[float]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["train/loss"] for line in lines]
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    newest = (run / "checkpoints" / "latest").read_text().strip()
-    return load_file(run / "checkpoints" / newest / "model" / "model.safetensors")
+from runs import arguments, distillation, losses, weights
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +104,7 @@ def test_resuming_is_as_if_nothing_had_happened(tiny, cli, tmp_path, reference):
 
 def test_a_torn_newest_checkpoint_is_passed_over_loudly(tiny, cli, tmp_path, reference):
     shutil.copytree(reference, tmp_path / "run")
-    torn = next((tmp_path / "run" / "checkpoints" / "step-00000006" / "deepspeed").rglob("*optim_states.pt"))
+    torn = next((tmp_path / "run" / "checkpoints" / "step-00000006").glob("optimizer-*"))
     torn.write_bytes(torn.read_bytes()[:-100])
     listed = cli("checkpoint", "verify", tmp_path / "run", expect=1)
     assert torn.name in listed.stdout
@@ -243,7 +202,7 @@ def test_mistakes_are_one_line_before_anything_starts(tiny, refused, tmp_path):
 
 
 def test_divergence_is_one_line_and_exit_code_2(tiny, cli, tmp_path):
-    done = cli(*distillation(tiny, tmp_path / "run", "train.learning_rate=1e30", "train.warmup_steps=0"), expect=2)
+    done = cli(*distillation(tiny, tmp_path / "run", "train.learning_rate=1e30", "train.max_skipped=3"), expect=2)
     assert "lower train.learning_rate" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
@@ -255,13 +214,6 @@ def test_a_drafter_of_another_vocabulary_is_refused(tiny, cli, tmp_path):
     LlamaForCausalLM(LlamaConfig(vocab_size=384, **shape)).save_pretrained(tmp_path / "other")
     done = cli(*distillation(tiny, tmp_path / "run", f"drafter.init_from={tmp_path / 'other'}"), expect=2)
     assert "a vocabulary of 384, not the 320 of this run" in done.stderr
-
-
-def test_another_world_size_is_refused_with_the_way_out(tiny, cli, tmp_path, reference):
-    shutil.copytree(reference, tmp_path / "run")
-    done = cli(*distillation(tiny, tmp_path / "run"), expect=2)
-    assert "made by 2 ranks under ZeRO 1, this run has 1" in done.stderr
-    assert "drafter.init_from=" in done.stderr
 
 
 def test_warm_start_begins_from_the_weights_of_another_run(tiny, cli, tmp_path, reference):

@@ -1,0 +1,144 @@
+"""Loading a target: whole on every rank, or partitioned by ZeRO-3 or tensor-parallel, so that no rank holds it whole.
+
+Weights are read from safetensors files that are mapped into memory: the ranks of a node share what the kernel keeps of
+them, so each file is read from disk once a node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+
+from dist_train.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from dist_train.config import TargetSection
+    from dist_train.runtime import Runtime
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def read_target_config(section: TargetSection) -> PretrainedConfig:
+    """The target's configuration alone: cheap, for checks before anything starts. Raises UserError."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{section.path}: no target model: {str(error).strip().splitlines()[0]}") from error
+    return config.get_text_config()
+
+
+def check_vocabulary(section: TargetSection, vocab_size: int, of_what: str) -> None:
+    """Raise UserError when the target's vocabulary is not exactly `vocab_size`, that of `of_what`."""
+    found = read_target_config(section).vocab_size
+    if found != vocab_size:
+        raise UserError(
+            f"{section.path}: the target's vocabulary has {found} entries, {of_what} has {vocab_size}; "
+            "a drafter needs exactly the target's"
+        )
+
+
+def load_causal_lm(section: TargetSection, **how: Any) -> Any:
+    """The whole model, frozen, on the CPU; `how` goes to from_pretrained. Raises UserError when it cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            section.path,
+            revision=section.revision,
+            trust_remote_code=section.trust_remote_code,
+            dtype=DTYPES[section.precision],
+            **how,
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"{section.path}: the target cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return model.eval().requires_grad_(False)
+
+
+def load_zero3(section: TargetSection, runtime: Runtime) -> Any:
+    """The target partitioned over all ranks by DeepSpeed ZeRO-3, gathered layer by layer in the forward pass.
+
+    HfDeepSpeedConfig makes `from_pretrained` build partitioned parameters and is global to the process, so it lives
+    only while the target is loaded: the drafter's engine must not see it.
+    """
+    import deepspeed
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    zero: dict[str, Any] = {"stage": 3}
+    if section.offload:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": runtime.device.type == "cuda"}
+    configuration = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": section.precision == "bf16"},
+        "zero_optimization": zero,
+    }
+    guard = HfDeepSpeedConfig(configuration)
+    try:
+        model = load_causal_lm(section)
+    finally:
+        unset_hf_deepspeed_config()
+        del guard
+    engine, *_ = deepspeed.initialize(model=model, config=configuration, dist_init_required=False)
+    return engine.module.eval()
+
+
+def load_tensor_parallel(section: TargetSection, runtime: Runtime) -> tuple[Any, Any]:
+    """The target by transformers' own plan (`base_model_tp_plan`) over groups of `tp_size` neighbouring ranks.
+
+    Returns the model and this rank's process group. Raises UserError where the family has no plan, or the ranks, heads
+    or transformers' version do not allow it.
+    """
+    try:
+        from transformers.distributed.configuration_utils import DistributedConfig
+    except ImportError as error:
+        raise UserError("target.sharding=tp: this transformers has no DistributedConfig; take a newer one") from error
+
+    size = section.tp_size
+    if runtime.world_size % size:
+        raise UserError(f"target.tp_size {size}: {runtime.world_size} ranks are not groups of that many")
+    try:
+        with _mesh_of_neighbours(size, runtime) as group:
+            model = load_causal_lm(section, distributed_config=DistributedConfig(tp_size=size))
+    except (ValueError, RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{section.path}: cannot be cut into {size}: {error}; take target.sharding=zero3") from error
+    return model, group
+
+
+@contextmanager
+def _mesh_of_neighbours(size: int, runtime: Runtime) -> Iterator[Any]:
+    """While a model is loaded: transformers' mesh is this rank's group alone, where it would take the whole world.
+
+    It asks that tensor-parallel ranks times replicas be the world, and makes replicas with FSDP; a frozen target needs
+    none of that: the groups have nothing to do with each other.
+    """
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers.distributed import mixin
+    from transformers.distributed.utils import TransformersDeviceMesh
+
+    ranks = list(range(runtime.world_size))
+    groups = [dist.new_group(ranks[first : first + size]) for first in range(0, len(ranks), size)]
+    alone = [dist.new_group([rank]) for rank in ranks]
+    group, me = groups[runtime.rank // size], alone[runtime.rank]
+    first = runtime.rank // size * size
+
+    def mesh(*names: str) -> DeviceMesh:
+        return DeviceMesh.from_group(
+            [me, me, me, group],
+            runtime.device.type,
+            mesh=torch.arange(first, first + size).view(1, 1, 1, size),
+            mesh_dim_names=names,
+        )
+
+    made = TransformersDeviceMesh(mesh("pp", "dp_replicate", "fsdp", "tp"), mesh("pp", "dp_replicate", "efsdp", "ep"))
+    with mock.patch.object(mixin, "initialize_distributed_mesh", lambda config: (runtime.device, made)):
+        yield group

@@ -1,0 +1,118 @@
+"""The target: a Hugging Face causal language model that gives final hidden states, never logits.
+
+Logits of target and drafter exist only for one chunk of rows, inside the loss; so the target returns what its head
+would be multiplied with, and the head itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dist_train.errors import UserError
+from dist_train.losses import Head
+from dist_train.target.load import load_causal_lm, load_tensor_parallel, load_zero3
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from dist_train.config import TargetSection
+    from dist_train.runtime import Runtime
+
+
+class Target:
+    """The frozen target beside the drafter: `target(input_ids, positions)` gives hidden states [B, T, D].
+
+    `head` turns them into logits; `identity` says which model this is, for checkpoints. Collective: every rank makes
+    one and calls it in step, whatever the sharding.
+    """
+
+    def __init__(self, section: TargetSection, runtime: Runtime) -> None:
+        self._group: Any = None
+        if section.sharding == "zero3":
+            model: Any = load_zero3(section, runtime)
+        elif section.sharding == "tp":
+            model, self._group = load_tensor_parallel(section, runtime)
+        else:
+            model = load_causal_lm(section).to(runtime.device)
+        self._decoder = model.get_decoder()
+        self.config = model.config.get_text_config()
+        self.matrix_parameters = matrix_parameters(model)
+        self.head = _read_head(model)
+        self.identity = {
+            "path": section.path,
+            "revision": section.revision,
+            "config": hashlib.sha256(
+                json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
+            ).hexdigest(),
+            "head": _digest(self.head.weight),
+        }
+        self._check_head(model, section)
+
+    @torch.no_grad()
+    def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        """Final hidden states, after the last norm; positions that begin anew keep documents apart.
+
+        The ranks of a tensor-parallel group go through all their sequences together, and each takes its own.
+        """
+        if self._group is None:
+            return self._decode(input_ids, positions)
+        import torch.distributed as dist
+
+        ranks = dist.get_world_size(self._group)
+        both = torch.stack([input_ids, positions])  # [2, B, T]
+        gathered = [torch.empty_like(both) for _ in range(ranks)]
+        dist.all_gather(gathered, both.contiguous(), group=self._group)
+        states = self._decode(*torch.cat(gathered, 1))
+        return states.chunk(ranks)[dist.get_rank(self._group)]
+
+    def _decode(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        return self._decoder(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+
+    def _check_head(self, model: PreTrainedModel, section: TargetSection) -> None:
+        """A family may do more to its logits than `Head` knows; then every divergence would be wrong."""
+        device = self.head.weight.device
+        probe = torch.arange(16, device=device)[None] % self.head.weight.shape[0]
+        with torch.no_grad():
+            expected = model(input_ids=probe, use_cache=False).logits.float()
+        found = self.head.logits(self(probe, torch.arange(16, device=device)[None]))
+        tolerance = 1e-3 if section.precision == "fp32" else 0.1
+        if (found - expected).abs().max() > tolerance * expected.abs().max().clamp_min(1):
+            raise UserError(f"{section.path}: logits of {model.config.model_type} are more than a head; not supported")
+
+
+def _read_head(model: PreTrainedModel) -> Head:
+    """The output head, whole on every rank."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    output, config = model.get_output_embeddings(), model.config.get_text_config()
+    with GatheredParameters([p for p in output.parameters() if hasattr(p, "ds_id")]):
+        weight, bias = (_whole(getattr(output, name, None)) for name in ("weight", "bias"))
+    assert weight is not None
+    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
+
+
+def _whole(parameter: Any) -> Tensor | None:
+    """A parameter as a plain tensor of its own, from whatever shards it."""
+    if parameter is None:
+        return None
+    if hasattr(parameter, "full_tensor"):
+        return parameter.detach().full_tensor()
+    return parameter.detach().clone() if hasattr(parameter, "ds_id") else parameter.detach()
+
+
+def matrix_parameters(model: PreTrainedModel) -> int:
+    """Parameters that a token is multiplied with, over all ranks: the head, tied or not, and no embedding table."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    sizes = {id(p): int(getattr(p, "ds_numel", p.numel())) for p in model.parameters()}
+    return sum(sizes.values()) - (sizes[id(embedding)] if head is not embedding else 0)
+
+
+def _digest(weight: Tensor) -> str:
+    """A hash of the head: two targets with one configuration differ in it."""
+    return hashlib.sha256(weight.detach().float().cpu().numpy().tobytes()).hexdigest()

@@ -1,0 +1,28 @@
+"""A micro-batch on the device."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from data_shards import Batch
+
+
+class DeviceBatch(NamedTuple):
+    """Each [B, T]: ids and labels int64, mask bool, positions int64."""
+
+    input_ids: Tensor
+    labels: Tensor
+    mask: Tensor
+    positions: Tensor
+
+
+def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
+    """The arrays of a micro-batch as tensors; copied while the host goes on, where there is a GPU."""
+    tensors = (torch.from_numpy(array) for array in batch)
+    if device.type == "cuda":
+        tensors = (tensor.pin_memory() for tensor in tensors)
+    ids, labels, mask, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    return DeviceBatch(ids, labels, mask.bool(), positions)

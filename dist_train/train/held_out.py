@@ -1,0 +1,102 @@
+"""Figures on sequences that are not trained on, among them the block efficiency that the target would measure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_shards import ShardedTokens, Source, TokenLoader
+from dist_train.config import TrainConfig
+from dist_train.losses import STATISTICS, Head
+from dist_train.losses.linear import affordable_rows
+from dist_train.runtime import Runtime
+from dist_train.train.batch import on_device
+from dist_train.train.objective import Objective
+
+
+class HeldOut:
+    """The held-out sequences of a run, the same at every look and for every number of ranks."""
+
+    def __init__(self, config: TrainConfig, runtime: Runtime, objective: Objective) -> None:
+        assert config.held_out is not None
+        self.section, self.runtime, self.objective = config.held_out, runtime, objective
+        loader = TokenLoader(
+            [Source(ShardedTokens(self.section.path))],
+            sequence_length=config.data.sequence_length,
+            global_batch=self.section.sequences,
+            micro_batch=config.train.micro_batch,
+            seed=0,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            separate_documents=config.data.separate_documents,
+            prefetch=0,
+        )
+        self._batches = loader.step(0)
+
+    def due(self, step: int, last_step: int) -> bool:
+        """Whether to look after `step` steps."""
+        return step == last_step or step % self.section.every == 0
+
+    @torch.no_grad()
+    def measure(self, drafter: Any) -> dict[str, float]:
+        """`eval/...` of the drafter, by all ranks together: loss, and with a target how well it drafts.
+
+        Block efficiency is simulated: over windows of gamma tokens of the corpus, 1 + the expected number of accepted
+        ones, sum_k prod_{i<=k} min(1, p(x_i) / q(x_i)); exact where the corpus was sampled from the target.
+        """
+        sums: dict[str, float] = {}
+        counts: dict[str, float] = {}
+
+        def add(name: str, total: float, count: float) -> None:
+            sums[name] = sums.get(name, 0.0) + total
+            counts[name] = counts.get(name, 0.0) + count
+
+        target, objective = self.objective.target, self.objective
+        drafter.eval()
+        for found in self._batches:
+            batch = on_device(found, self.runtime.device)
+            positions = int(batch.mask.sum())
+            states = target(batch.input_ids, batch.positions) if target else None
+            loss_function = objective.loss(batch.labels, batch.mask, states, max(positions, 1))
+
+            def look(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+                return *loss_function(hidden, head), label_log_probs(hidden, head, batch.labels)  # noqa: B023
+
+            loss, statistics, log_p = drafter(batch.input_ids, batch.positions, look)
+            add("loss", float(loss) * positions, positions)
+            if target is None or states is None:
+                continue
+            for name, value in zip(STATISTICS, statistics.tolist(), strict=True):
+                add(name, value, positions)
+            accepted = (log_p - label_log_probs(states, target.head, batch.labels)).clamp(max=0).exp()
+            for gamma in self.section.gammas:
+                add(f"block_efficiency/gamma{gamma}", *block_efficiency(accepted, batch.mask, batch.positions, gamma))
+        drafter.train()
+        names = sorted(sums)
+        values = torch.tensor([[sums[name], counts[name]] for name in names], dtype=torch.float64)
+        totals = self.runtime.sum(values.to(self.runtime.device)).tolist()
+        return {f"eval/{name}": total / max(count, 1) for name, (total, count) in zip(names, totals, strict=True)}
+
+
+def block_efficiency(accepted: Tensor, mask: Tensor, positions: Tensor, gamma: int) -> tuple[float, float]:
+    """Sum and number of the expected tokens per target call, over all windows of `gamma` trained tokens of a document.
+
+    `accepted` [B, T]: probability that the token at hand is accepted; `mask` [B, T]; `positions` [B, T] begin anew with
+    each document.
+    """
+    windows = accepted.double().unfold(1, gamma, 1)  # [B, T - gamma + 1, gamma]
+    same_document = (positions.diff(dim=1) == 1).unfold(1, gamma - 1, 1).all(-1) if gamma > 1 else torch.ones_like(mask)
+    whole = mask.unfold(1, gamma, 1).all(-1) & same_document
+    expected = 1 + windows.cumprod(-1).sum(-1)
+    return float(expected[whole].sum()), float(whole.sum())
+
+
+def label_log_probs(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """log p of the labels [B, T] from hidden states [B, T, D], fp32; logits for a chunk of rows at a time."""
+    rows = affordable_rows(len(head.weight), hidden.device, alone=True)
+    chunks = zip(hidden.flatten(0, 1).split(rows), labels.flatten().split(rows), strict=True)
+    found = [-F.cross_entropy(head.logits(states), wanted, reduction="none") for states, wanted in chunks]
+    return torch.cat(found).view(labels.shape)

@@ -1,0 +1,90 @@
+"""What tests of training share: small runs, what they leave behind, and code that several ranks execute together."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+SHAPE = [
+    "drafter.hidden_size=16",
+    "drafter.layers=2",
+    "drafter.heads=2",
+    "drafter.mlp_size=32",
+    "drafter.max_positions=256",
+]
+MIXED = "objective={ce: 0.3, tvdpp: 0.7}"
+
+
+def arguments(tiny, out, *more, steps=6):
+    return [
+        f"run.dir={out}",
+        f"tokenizer={tiny.tokenizer}",
+        *SHAPE,
+        f"train.steps={steps}",
+        "train.global_batch=8",
+        "train.micro_batch=2",
+        "train.learning_rate=1e-2",
+        "train.precision=fp32",
+        "train.warmup_steps=2",
+        *more,
+    ]
+
+
+def distillation(tiny, out, *more, **options):
+    target = [f"target.path={tiny.target}", "target.precision=fp32", *tiny.data("chats", "corpus")]
+    return ["distill", *arguments(tiny, out, *target, MIXED, *more, **options)]
+
+
+def figures(run: Path) -> list[dict[str, float]]:
+    """The lines of a run, every step once."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return lines
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in figures(run)]
+
+
+def weights(run: Path, folder: str = "model") -> dict[str, torch.Tensor]:
+    """Of the newest checkpoint."""
+    newest = (run / "checkpoints" / "latest").read_text().strip()
+    files = sorted((run / "checkpoints" / newest / folder).glob("*.safetensors"))
+    return {name: weight for file in files for name, weight in load_file(file).items()}
+
+
+def on_ranks(code: str, ranks: int, *arguments, timeout: float = 300, check: bool = True) -> list:
+    """Execute Python code in `ranks` processes that know each other; what each returned, printed and complained."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-c", code, *map(str, arguments)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        found = [(process, *process.communicate(timeout=timeout)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    done = [subprocess.CompletedProcess(p.args, p.returncode, out, err) for p, out, err in found]
+    if check:
+        for one in done:
+            assert one.returncode == 0, f"{one.stdout}\n{one.stderr}"
+    return done

@@ -1,0 +1,91 @@
+"""The target in every sharding against the plain model, for the families that people serve."""
+
+from __future__ import annotations
+
+import pytest
+from runs import on_ranks
+
+SIZES = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2}
+FAMILIES = {
+    "Llama": GROUPED,
+    "Qwen2": {**GROUPED, "tie_word_embeddings": True},
+    "Qwen3": {**GROUPED, "head_dim": 8},
+    "Mistral": {**GROUPED, "sliding_window": 8},
+    "Gemma2": {**GROUPED, "head_dim": 8, "sliding_window": 8},  # a soft cap
+    "Gemma3": {**GROUPED, "head_dim": 8, "sliding_window": 8},
+    "Phi": {},  # a bias
+    "Phi3": GROUPED,
+}
+
+COMPARE = """
+import sys
+from pathlib import Path
+import torch
+from dist_train.config import TargetSection
+from dist_train.losses import linear_divergence
+from dist_train.runtime import started
+from dist_train.target import Target
+
+folder, sharding = Path(sys.argv[1]), sys.argv[2]
+with started() as runtime:
+    from transformers import AutoModelForCausalLM
+
+    for path in sorted(folder.iterdir()):
+        torch.manual_seed(runtime.rank)
+        ids = torch.randint(320, (2, 24))
+        positions = torch.cat([torch.arange(10), torch.arange(14)]).expand(2, -1)  # two documents
+        target = Target(TargetSection(path=str(path), precision="fp32", sharding=sharding), runtime)
+        states = target(ids, positions)
+
+        whole = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval().requires_grad_(False)
+        logits = torch.cat([whole(ids[:, :10]).logits, whole(ids[:, 10:]).logits], 1)
+        torch.manual_seed(9)
+        drafter = torch.randn(2, 24, 16), torch.randn(320, 16)
+        for name in ("kld", "tvd"):
+            found = linear_divergence(name, *drafter, states, target.head).loss
+            log_p, log_q = (x.double().log_softmax(-1) for x in (drafter[0] @ drafter[1].T, logits))
+            if name == "kld":
+                expected = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+            else:
+                expected = (log_q.exp() - log_p.exp()).abs().sum(-1).mean() / 2
+            assert abs(found / expected - 1) < 1e-5, (path.name, name, float(found), float(expected))
+        mine = sum(
+            p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.to_local().numel() if hasattr(p, "to_local") else p.numel()
+            for p in target._decoder.parameters()
+        )
+        share = mine / sum(p.numel() for p in whole.get_decoder().parameters())
+        print(path.name, round(share, 3))
+"""
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    import torch
+    import transformers
+
+    folder = tmp_path_factory.mktemp("families")
+    for name, more in FAMILIES.items():
+        config = "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config"
+        torch.manual_seed(1)
+        made = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, config)(**SIZES, **more))
+        made.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(("sharding", "ranks"), [("replicate", 1), ("zero3", 2), ("tp", 2), ("tp", 4)])
+def test_every_family_gives_the_losses_of_the_whole_model(families, sharding, ranks):
+    done = on_ranks(COMPARE, ranks, families, sharding)
+    shares = {line.split()[0]: float(line.split()[1]) for line in done[0].stdout.splitlines() if len(line.split()) == 2}
+    assert set(shares) == set(FAMILIES)
+    if sharding != "replicate":  # the rest are norms and biases, which tensor parallelism leaves whole
+        assert all(share < 0.55 for share in shares.values()), shares
