@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +142,12 @@ def _run_stage(options: argparse.Namespace) -> int:
         module.check(config)
         return (launch_mpi if stage.mpi else launch)([stage.name, *words], options.nproc)
     module.run(config)
+    if stage.trains and find_world().size > 1:
+        # All is written. What PyTorch's communication threads do while the interpreter goes down can abort a process,
+        # and a finished run would count as failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 

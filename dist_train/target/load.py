@@ -6,6 +6,8 @@ them, so each file is read from disk once a node.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -73,7 +75,9 @@ def load_zero3(section: TargetSection, runtime: Runtime) -> Any:
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    zero: dict[str, Any] = {"stage": 3}
+    # A layer is used once in a step: keeping it gathered until the next, as DeepSpeed does below a billion parameters,
+    # would undo the partitioning.
+    zero: dict[str, Any] = {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}
     if section.offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": runtime.device.type == "cuda"}
     configuration = {
@@ -89,6 +93,25 @@ def load_zero3(section: TargetSection, runtime: Runtime) -> Any:
         del guard
     engine, *_ = deepspeed.initialize(model=model, config=configuration, dist_init_required=False)
     return engine.module.eval()
+
+
+@contextmanager
+def large_blocks_returned() -> Iterator[None]:
+    """glibc gives freed blocks of more than 1 MiB back at once, as elsewhere only those above 32 MiB.
+
+    Whole parameters come and go between partitions that stay; in one heap they would leave holes as large as the model.
+    """
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"):
+        yield
+        return
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(mmap_threshold, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 64 << 20)
 
 
 def load_tensor_parallel(section: TargetSection, runtime: Runtime) -> tuple[Any, Any]:

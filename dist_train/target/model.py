@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.target.load import load_causal_lm, load_tensor_parallel, load_zero3
+from dist_train.target.load import large_blocks_returned, load_causal_lm, load_tensor_parallel, load_zero3
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,7 +32,12 @@ class Target:
     """
 
     def __init__(self, section: TargetSection, runtime: Runtime) -> None:
+        with large_blocks_returned():
+            self._load(section, runtime)
+
+    def _load(self, section: TargetSection, runtime: Runtime) -> None:
         self._group: Any = None
+        self._device = runtime.device
         if section.sharding == "zero3":
             model: Any = load_zero3(section, runtime)
         elif section.sharding == "tp":
@@ -42,6 +47,8 @@ class Target:
         self._decoder = model.get_decoder()
         self.config = model.config.get_text_config()
         self.matrix_parameters = matrix_parameters(model)
+        # Before the head is kept: a partitioned model gathers its own for this, and both would be there at once.
+        expected = self._own_logits(model)
         self.head = _read_head(model)
         self.identity = {
             "path": section.path,
@@ -51,7 +58,7 @@ class Target:
             ).hexdigest(),
             "head": _digest(self.head.weight),
         }
-        self._check_head(model, section)
+        self._check_head(expected, section)
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -73,16 +80,21 @@ class Target:
     def _decode(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         return self._decoder(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
 
-    def _check_head(self, model: PreTrainedModel, section: TargetSection) -> None:
+    @torch.no_grad()
+    def _own_logits(self, model: PreTrainedModel) -> Tensor:
+        """What the model itself makes of a few tokens, [1, 16, V]."""
+        return model(input_ids=self._probe(), use_cache=False).logits.float()
+
+    def _probe(self) -> Tensor:
+        return torch.arange(16, device=self._device)[None] % self.config.vocab_size
+
+    def _check_head(self, expected: Tensor, section: TargetSection) -> None:
         """A family may do more to its logits than `Head` knows; then every divergence would be wrong."""
-        device = self.head.weight.device
-        probe = torch.arange(16, device=device)[None] % self.head.weight.shape[0]
-        with torch.no_grad():
-            expected = model(input_ids=probe, use_cache=False).logits.float()
-        found = self.head.logits(self(probe, torch.arange(16, device=device)[None]))
+        positions = torch.arange(16, device=self._device)[None]
+        found = self.head.logits(self(self._probe(), positions))
         tolerance = 1e-3 if section.precision == "fp32" else 0.1
         if (found - expected).abs().max() > tolerance * expected.abs().max().clamp_min(1):
-            raise UserError(f"{section.path}: logits of {model.config.model_type} are more than a head; not supported")
+            raise UserError(f"{section.path}: logits of {self.config.model_type} are more than a head; not supported")
 
 
 def _read_head(model: PreTrainedModel) -> Head:
@@ -98,12 +110,12 @@ def _read_head(model: PreTrainedModel) -> Head:
 
 
 def _whole(parameter: Any) -> Tensor | None:
-    """A parameter as a plain tensor of its own, from whatever shards it."""
+    """A parameter as a plain tensor, from whatever shards it. What ZeRO-3 gathered it lets go of, and stays here."""
     if parameter is None:
         return None
     if hasattr(parameter, "full_tensor"):
         return parameter.detach().full_tensor()
-    return parameter.detach().clone() if hasattr(parameter, "ds_id") else parameter.detach()
+    return parameter.detach()
 
 
 def matrix_parameters(model: PreTrainedModel) -> int:
@@ -114,5 +126,8 @@ def matrix_parameters(model: PreTrainedModel) -> int:
 
 
 def _digest(weight: Tensor) -> str:
-    """A hash of the head: two targets with one configuration differ in it."""
-    return hashlib.sha256(weight.detach().float().cpu().numpy().tobytes()).hexdigest()
+    """A hash of the head: two targets with one configuration differ in it. Rows by rows, so that nothing is copied."""
+    digest = hashlib.sha256()
+    for rows in weight.detach().split(1024):
+        digest.update(rows.contiguous().view(torch.uint8).cpu().numpy())
+    return digest.hexdigest()

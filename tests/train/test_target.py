@@ -59,10 +59,8 @@ with started() as runtime:
             else:
                 expected = (log_q.exp() - log_p.exp()).abs().sum(-1).mean() / 2
             assert abs(found / expected - 1) < 1e-5, (path.name, name, float(found), float(expected))
-        mine = sum(
-            p.ds_tensor.numel() if hasattr(p, "ds_tensor") else p.to_local().numel() if hasattr(p, "to_local") else p.numel()
-            for p in target._decoder.parameters()
-        )
+        held = [getattr(p, "ds_tensor", p) for p in target._decoder.parameters()]
+        mine = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in held)
         share = mine / sum(p.numel() for p in whole.get_decoder().parameters())
         print(path.name, round(share, 3))
 """
@@ -89,3 +87,57 @@ def test_every_family_gives_the_losses_of_the_whole_model(families, sharding, ra
     assert set(shares) == set(FAMILIES)
     if sharding != "replicate":  # the rest are norms and biases, which tensor parallelism leaves whole
         assert all(share < 0.55 for share in shares.values()), shares
+
+
+LOAD = """
+import os, sys, threading, time
+from pathlib import Path
+from dist_train.config import TargetSection
+from dist_train.runtime import started
+from dist_train.target import Target
+import deepspeed, transformers.integrations.deepspeed, transformers.models.llama
+
+def anonymous():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("RssAnon"))
+
+with started() as runtime:
+    runtime.barrier()
+    level, highest, loading = anonymous(), [0], [True]
+    def watch():
+        while loading:
+            highest[0] = max(highest[0], anonymous())
+            time.sleep(0.003)
+    threading.Thread(target=watch, daemon=True).start()
+    target = Target(TargetSection(path=sys.argv[1], sharding=sys.argv[2]), runtime)
+    loading.clear()
+    held = [getattr(p, "ds_tensor", p) for p in target._decoder.parameters()]
+    held = [p.to_local() if hasattr(p, "to_local") else p for p in held]
+    head = target.head.weight.numel() * 2
+    at_rest = sum(p.numel() * p.element_size() for p in held) + head
+    size = sum(path.stat().st_size for path in Path(sys.argv[1]).glob("*.safetensors"))
+    print(size, at_rest, head, highest[0] - level)
+"""
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(1800)
+def test_no_rank_holds_a_large_target_whole(tmp_path):
+    """2.4B parameters on two ranks: half of the bytes and the head at rest, and while loading never 0.65 of them."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 2560, "intermediate_size": 6912, "num_hidden_layers": 32, "num_key_value_heads": 8}
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        LlamaForCausalLM(LlamaConfig(**shape)).save_pretrained(tmp_path / "target", max_shard_size="1GB")
+    finally:
+        torch.set_default_dtype(before)
+    for sharding in ("zero3", "tp"):
+        for rank in on_ranks(LOAD, 2, tmp_path / "target", sharding):
+            size, at_rest, head, rise = map(int, rank.stdout.split()[-4:])
+            print(
+                f"{sharding}: {size / 1e9:.2f} GB, at rest {at_rest / size:.3f}, peak while loading {rise / size:.3f}"
+            )
+            assert at_rest <= size / 2 + head + 1e6  # norms are whole everywhere
+            assert rise <= 0.65 * size
