@@ -1,4 +1,4 @@
-"""Figures of training against their definitions: simulated block efficiency, operations, spikes, on-policy responses."""
+"""Figures of training against their definitions: simulated block efficiency, operations, spikes; on-policy data."""
 
 from __future__ import annotations
 
