@@ -41,6 +41,8 @@ class RunSection(Section):
     """auto: go on from the newest checkpoint if there is one; must: an error if there is none (--resume)"""
     hang_timeout: float = Field(default=900.0, gt=0)
     """seconds without a finished step after which a rank tells where it stands and ends"""
+    check_memory: bool = True
+    """do not start when the estimate is above what is free"""
 
 
 class DrafterSection(Section):

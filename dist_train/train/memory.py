@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dist_train.config import TrainConfig
+from dist_train.errors import UserError
 from dist_train.losses.linear import chunk_rows
+from dist_train.runtime import Runtime, local_world_size
 from dist_train.target import DTYPES, read_target_config
 from dist_train.train.engine import deepspeed_config
 
 _GIB = 2**30
+_PROCESS = 450 * 2**20  # PyTorch, DeepSpeed and transformers, imported
+_MENDS = {
+    "drafter weights": "train.deepspeed=zero3",
+    "drafter gradients": "train.deepspeed=zero2",
+    "gradients on their way": "a smaller reduce_bucket_size in the DeepSpeed configuration",
+    "optimizer": "train.deepspeed=zero2, or zero2-offload",
+    "activations": "a smaller train.micro_batch, or train.gradient_checkpointing=true",
+    "logit chunks": "a smaller loss.chunk_size",
+    "target weights": "target.sharding=zero3 or tp, more ranks, or target.offload=true",
+    "target head": "more GPU memory",
+    "target layers gathered": "target.sharding=tp",
+    "target activations": "a smaller train.micro_batch",
+    "copies for checkpoints": "more ranks",
+    "the process itself": "fewer ranks a node",
+}
 
 
 def memory_estimate(config: TrainConfig, shape: Any, world_size: int) -> dict[str, float]:
     """GiB a rank of each kind, for a drafter of the Hugging Face configuration `shape`.
 
     Weights, gradients and optimizer state are counted (Rajbhandari et al. 2020, ZeRO, section 3.1); activations are
-    those that a Llama block keeps for its backward pass with an attention that stores no matrix of scores.
+    those that a Llama block keeps for its backward pass with an attention that stores no matrix of scores. A step and
+    the copies that a checkpoint is written from do not meet: what is more counts.
     """
-    stage = deepspeed_config(config.train, world_size).get("zero_optimization", {}).get("stage", 0)
+    configuration = deepspeed_config(config.train, world_size).get("zero_optimization", {})
+    stage, on_gpu = configuration.get("stage", 0), torch.cuda.is_available()
     width = 2 if config.train.precision == "bf16" else 4
     drafter = parameters(shape)
     kinds = ("optimizer", "gradients", "weights")  # what ZeRO 1, 2 and 3 each add to what is sharded
@@ -28,23 +49,64 @@ def memory_estimate(config: TrainConfig, shape: Any, world_size: int) -> dict[st
     tokens = config.train.micro_batch * config.data.sequence_length
     block = 8 * shape.hidden_size + 4 * shape.intermediate_size
     kept = shape.hidden_size if config.train.gradient_checkpointing else block
-    rows = config.loss.chunk_size or chunk_rows(shape.vocab_size, torch.cuda.is_available())
+    buckets = 2 if configuration.get("overlap_comm") else 1  # one is filled while the other is sent
+    bucket = min(drafter, configuration.get("reduce_bucket_size", 500_000_000)) if stage >= 2 else 0
     estimate = {
         "drafter weights": width * drafter / shard["weights"],
         "drafter gradients": width * drafter / shard["gradients"],
-        # AdamW's two moments in fp32, and beside bf16 weights an fp32 copy of them.
-        "optimizer": (12 if width == 2 else 8) * drafter / shard["optimizer"],
-        "activations": width * tokens * (shape.num_hidden_layers * kept + block),
-        "logit chunks": 8 * 4 * min(rows, tokens) * shape.vocab_size,
+        "gradients on their way": width * bucket * buckets,
+        # AdamW's two moments in fp32, and beside them an fp32 copy of the weights, save for fp32 without ZeRO.
+        "optimizer": (12 if width == 2 or stage else 8) * drafter / shard["optimizer"],
     }
-    if config.target is not None and set(config.objective) != {"ce"}:
+    has_target = config.target is not None and set(config.objective) != {"ce"}
+    rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=not has_target), tokens)
+    step = {
+        "activations": width * tokens * (shape.num_hidden_layers * kept + block),
+        # Both heads' chunks, and the fp32 gradient of the drafter's head.
+        "logit chunks": 4 * shape.vocab_size * ((2 if has_target else 1) * rows + shape.hidden_size),
+    }
+    if has_target:
+        assert config.target is not None
         target = read_target_config(config.target)
-        size = DTYPES[config.target.precision].itemsize
-        holders = world_size if config.target.sharding == "zero3" else 1
+        size, whole = DTYPES[config.target.precision].itemsize, parameters(target)
+        holders = {"replicate": 1, "zero3": world_size, "tp": config.target.tp_size}[config.target.sharding]
         mlp = getattr(target, "intermediate_size", 4 * target.hidden_size)
-        estimate["target weights"] = size * parameters(target) / holders
-        estimate["target activations"] = size * tokens * (2 * target.hidden_size + 3 * mlp)  # one block at a time
+        together = config.target.tp_size if config.target.sharding == "tp" else 1  # a group's sequences
+        offloaded = config.target.offload and on_gpu
+        estimate["target weights"] = 0 if offloaded else size * whole / holders
+        if holders > 1:
+            estimate["target head"] = size * target.vocab_size * target.hidden_size
+        if config.target.sharding == "zero3":
+            estimate["target layers gathered"] = 2 * size * whole / target.num_hidden_layers
+        step["target activations"] = size * together * tokens * (2 * target.hidden_size + 3 * mlp)  # a block at a time
+    copies = 4 * drafter * (4 if config.train.ema_decay else 3) / world_size
+    estimate |= step
+    estimate["copies for checkpoints"] = max(0.0, copies - sum(step.values()))
+    if not on_gpu:
+        estimate["the process itself"] = _PROCESS
     return {kind: amount / _GIB for kind, amount in estimate.items()}
+
+
+def check_fit(estimate: dict[str, float], available: float) -> None:
+    """Raise UserError when a rank needs more than the GiB that are free for it, with what to change."""
+    needed = sum(estimate.values())
+    if needed <= available:
+        return
+    largest = sorted(estimate, key=lambda kind: -estimate[kind])[:2]
+    raise UserError(
+        f"a rank needs about {needed:.1f} GiB and {available:.1f} GiB are free: most for {' and '.join(largest)}; "
+        f"{'; '.join(dict.fromkeys(_MENDS[kind] for kind in largest))}; or run.check_memory=false"
+    )
+
+
+def available_gib(runtime: Runtime) -> float:
+    """What is free for this rank: of its GPU, or its share of the host's memory."""
+    if runtime.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(runtime.device)
+        return free / _GIB
+    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
+    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
+    return found / _GIB / local_world_size(runtime.world)
 
 
 def parameters(shape: Any) -> int:

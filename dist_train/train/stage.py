@@ -69,6 +69,7 @@ def run(config: TrainConfig) -> None:
 
 def _train(config: TrainConfig, runtime: Runtime) -> None:
     set_seed(config.run.seed)
+    _tell_memory(config, runtime)
     training = _build(config, runtime)
     resumed = training.resume()
     if runtime.is_first:
@@ -82,20 +83,37 @@ def _train(config: TrainConfig, runtime: Runtime) -> None:
 
 def memory_report(config: TrainConfig, world_size: int) -> str:
     """What each of `world_size` ranks will need, as YAML comments; or why that cannot be told here."""
+    try:
+        estimate = _estimate(config, world_size)
+    except UserError as error:
+        return f"# memory: not estimated: {error}"
+    lines = [f"#   {kind}: {amount:.2f}" for kind, amount in estimate.items() if amount]
+    return "\n".join([f"# memory, estimated: {sum(estimate.values()):.2f} GiB a rank", *lines])
+
+
+def _estimate(config: TrainConfig, world_size: int) -> dict[str, float]:
     from transformers import AutoConfig
 
     from dist_train.train.memory import memory_estimate
 
     warm = config.drafter.init_from
-    try:
-        shape = (
-            AutoConfig.from_pretrained(find_model(warm)) if warm else _shape(config, load_tokenizer(config.tokenizer))
+    shape = AutoConfig.from_pretrained(find_model(warm)) if warm else _shape(config, load_tokenizer(config.tokenizer))
+    return memory_estimate(config, shape, world_size)
+
+
+def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
+    """Print what a rank will need before anything is loaded. Raises UserError where that is not free."""
+    from dist_train.train.memory import available_gib, check_fit
+
+    estimate, available = _estimate(config, runtime.world_size), min(runtime.gather(available_gib(runtime)))
+    if runtime.is_first:
+        shown = ", ".join(f"{kind} {amount:.2f}" for kind, amount in estimate.items() if amount >= 0.005)
+        print(
+            f"{_name(config)}: about {sum(estimate.values()):.2f} GiB a rank of {available:.1f} free ({shown})",
+            flush=True,
         )
-        estimate = memory_estimate(config, shape, world_size)
-    except UserError as error:
-        return f"# memory: not estimated: {error}"
-    lines = [f"#   {kind}: {amount:.2f}" for kind, amount in estimate.items()]
-    return "\n".join([f"# memory, estimated: {sum(estimate.values()):.2f} GiB a rank", *lines])
+    if config.run.check_memory:
+        check_fit(estimate, available)
 
 
 def _build(config: TrainConfig, runtime: Runtime) -> Any:

@@ -31,3 +31,20 @@ def test_parameters_are_counted_without_storage():
     from transformers import LlamaConfig
 
     assert memory.parameters(LlamaConfig()) == 6_738_415_616
+
+
+def test_a_run_that_cannot_fit_says_what_to_change(tiny, cli, tmp_path):
+    from runs import distillation
+
+    huge = ("drafter.hidden_size=65536", "drafter.mlp_size=262144", "drafter.layers=60")
+    done = cli(*distillation(tiny, tmp_path / "run", *huge), expect=2)
+    assert "GiB are free: most for" in done.stderr and "train.deepspeed=" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_the_estimate_is_printed_before_the_start(tiny, cli, tmp_path):
+    from runs import distillation
+
+    done = cli(*distillation(tiny, tmp_path / "run", steps=1))
+    assert done.stdout.startswith("distill: about 0.4") and "GiB a rank of" in done.stdout
