@@ -86,6 +86,27 @@ def test_every_sharding_gives_the_same_losses(tiny, cli, tmp_path, reference, op
         assert torch.allclose(weight, weights(reference)[name], atol=1e-4), name
 
 
+@pytest.fixture(scope="module")
+def beside_a_whole_target(tiny, cli, tmp_path_factory):
+    """Twenty losses of pretraining with the target in the loop, whole on each of two ranks."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    cli(*online(tiny, out, "target.sharding=replicate"), "--nproc", 2)
+    return losses(out)
+
+
+def online(tiny, out, *more):
+    target = [f"target.path={tiny.target}", "target.precision=fp32", *tiny.data("corpus"), "train.deepspeed=zero2"]
+    return ["pretrain", *arguments(tiny, out, *target, "objective={ce: 0.5, kld: 0.5}", *more, steps=20)]
+
+
+@pytest.mark.parametrize(("sharding", "ranks"), [("zero3", 2), ("zero3", 4), ("tp", 2), ("tp", 4)])
+def test_a_sharded_target_in_the_loop_gives_the_same_losses(
+    tiny, cli, tmp_path, beside_a_whole_target, sharding, ranks
+):
+    cli(*online(tiny, tmp_path / "run", f"target.sharding={sharding}"), "--nproc", ranks)
+    assert losses(tmp_path / "run") == pytest.approx(beside_a_whole_target, rel=1e-5)
+
+
 def half_way(reference: Path, out: Path) -> None:
     """The reference as a kill after its first checkpoint would have left it."""
     shutil.copytree(reference, out)
