@@ -4,29 +4,25 @@ A stage reads a YAML file, then `section.key=value` overrides, into its class. U
 suggestion; the resolved tree is saved beside every run.
 """
 
+from dist_train.config.base import Section, SeedsSection, TargetSection
+from dist_train.config.evaluate import EvaluateConfig, TaskSection, TokenRateSection
+from dist_train.config.export import ExportConfig
+from dist_train.config.generate import GenerateConfig
+from dist_train.config.prepare import PrepareConfig
 from dist_train.config.read import describe, dump_config, load_config, save_config
-from dist_train.config.tree import (
+from dist_train.config.train import (
     LOSS_NAMES,
     CheckpointSection,
     DataSection,
     DistillConfig,
     DrafterSection,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
     HeldOutSection,
     LogSection,
     LossSection,
     OnPolicySection,
-    PrepareConfig,
     PretrainConfig,
     RunSection,
-    Section,
-    SeedsSection,
     SourceSection,
-    TargetSection,
-    TaskSection,
-    TokenRateSection,
     TrainConfig,
     TrainSection,
 )

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from dist_train.config.tree import Section, suggest
+from dist_train.config.base import Section, suggest
 from dist_train.errors import UserError
 
 ConfigType = TypeVar("ConfigType", bound=Section)

@@ -1,33 +1,15 @@
-"""The typed tree of every stage: the docstring under a field is its help text."""
+"""Configuration of `dist-train pretrain` and `dist-train distill`."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-Precision = Literal["bf16", "fp32"]
+from dist_train.config.base import Precision, Section, TargetSection, suggest
+
 LOSS_NAMES = ("kld", "rkl", "jsd", "tvd", "tvdpp", "lk", "ce")
-
-
-def suggest(word: str, known: Sequence[str], prefix: str = "") -> str:
-    """The end of an error line about an unknown word: the nearest known one, or all of them."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {prefix}{near[0]}?"
-    return f"; known are {', '.join(known)}" if known else ""
-
-
-class Section(BaseModel):
-    """Base of every node of the tree: unknown keys are errors, docstrings under fields are their descriptions."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
-
-
-# -- sections ---------------------------------------------------------------------------------------------------
 
 
 class RunSection(Section):
@@ -62,24 +44,6 @@ class DrafterSection(Section):
     max_positions: PositiveInt | None = None
     """longest sequence it will serve"""
     tie_embeddings: bool | None = None
-
-
-class TargetSection(Section):
-    """The chat LLM that the drafter is aligned with."""
-
-    path: str
-    """Hugging Face folder or hub id"""
-    revision: str | None = None
-    precision: Precision = "bf16"
-    sharding: Literal["replicate", "zero3", "tp"] = "replicate"
-    """replicate: every rank holds it whole; zero3: DeepSpeed partitions it over all ranks; tp: groups of tp_size ranks
-    hold it tensor-parallel"""
-    tp_size: PositiveInt = 2
-    """ranks of a tensor-parallel group; keep it within a node"""
-    offload: bool = False
-    """zero3: keep the partitions in the host's memory"""
-    trust_remote_code: bool = False
-    """run model code that comes with the weights"""
 
 
 class SourceSection(Section):
@@ -212,99 +176,6 @@ class LogSection(Section):
     """trace so many steps, after three, with torch's profiler: RUN/profile, to be opened in Perfetto or TensorBoard"""
 
 
-class SeedsSection(Section):
-    """Instructions that the target answers, or prompts of an evaluation."""
-
-    inputs: str | list[str]
-    """files, folders or globs: JSONL (.gz, .zst) or Parquet"""
-    prompt_field: str = "prompt"
-    """field with the instruction, or with chat messages"""
-    limit: PositiveInt | None = None
-    """use the first so many"""
-
-
-class TaskSection(SeedsSection):
-    """A set of evaluation prompts."""
-
-    name: str
-
-
-class TokenRateSection(Section):
-    """Wall-clock measurement, apart from the statistics."""
-
-    prompts: NonNegativeInt = 8
-    """prompts timed; 0: none"""
-    batch_size: PositiveInt = 1
-    repeats: PositiveInt = 3
-    """the median of so many passes counts"""
-
-
-class DatasetSection(Section):
-    """A dataset as `datasets.load_dataset` names it: its files are read as they are."""
-
-    path: str
-    """hub id, or a folder"""
-    name: str | None = None
-    """configuration, where there are several"""
-    split: str = "train"
-    revision: str | None = None
-
-
-class FaultsSection(Section):
-    """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
-
-    malformed: Literal["stop", "skip"] = "stop"
-    """a line that is not a JSON object"""
-    encoding: Literal["stop", "skip"] = "stop"
-    """text that is not UTF-8"""
-    too_long: Literal["stop", "skip"] = "stop"
-    """a line longer than max_bytes"""
-    empty: Literal["stop", "skip"] = "skip"
-    """no text, or no response"""
-    max_bytes: PositiveInt = 50_000_000
-
-
-# -- stages -----------------------------------------------------------------------------------------------------
-
-
-class PrepareConfig(Section):
-    """dist-train prepare: text or conversations to token shards."""
-
-    inputs: str | list[str] = []
-    """files, folders, globs or URLs (hf://datasets/...): JSONL (.gz, .zst), Parquet, text (one document a line)"""
-    dataset: DatasetSection | None = None
-    """instead of inputs: a dataset of the hub, read as a stream"""
-    tokenizer: str = ""
-    """sentencepiece .model file, Hugging Face folder or hub id"""
-    verify: bool = False
-    """--verify: read every byte of the corpus `out` and compare checksums, and the tokenizer if one is named"""
-    out: Path
-    """folder of the corpus"""
-    format: Literal["text", "chat"] = "text"
-    """chat: prompt and response pairs, packed, trained on responses only"""
-    text_field: str = "text"
-    prompt_field: str = "prompt"
-    response_field: str = "response"
-    """prompt_ids and response_ids, where a record has them (what generate writes), go before the texts"""
-    bos: bool = True
-    """begin each text document with BOS"""
-    eos: bool = True
-    """end each text document with EOS"""
-    sequence_length: PositiveInt = 2048
-    """tokens per sequence into which conversations are packed"""
-    shard_bytes: PositiveInt = 64 << 20
-    """input bytes per shard; a compressed file is one shard"""
-    faults: FaultsSection = FaultsSection()
-
-    @model_validator(mode="after")
-    def _something_to_make_it_of(self) -> PrepareConfig:
-        if not self.verify and bool(self.inputs) == bool(self.dataset):
-            raise ValueError("inputs is required, or dataset, and not both")
-        if not self.verify and not self.tokenizer:
-            raise ValueError("tokenizer is required")
-        return self
-
-
 class TrainConfig(Section):
     """What pretraining and distillation share."""
 
@@ -339,7 +210,7 @@ class TrainConfig(Section):
 class PretrainConfig(TrainConfig):
     """dist-train pretrain: next-token prediction on a text corpus, with the target in the loop if one is named."""
 
-    objective: dict[str, float] = {"ce": 1.0}
+    objective: dict[str, float] = Field(default={"ce": 1.0})
     """loss name to weight, for example {ce: 0.5, kld: 0.5}; all but ce need the target"""
 
 
@@ -347,58 +218,5 @@ class DistillConfig(TrainConfig):
     """dist-train distill: fine-tune a drafter on the target's answers against the target's distributions."""
 
     target: TargetSection
-    objective: dict[str, float] = {"tvdpp": 1.0}
+    objective: dict[str, float] = Field(default={"tvdpp": 1.0})
     """loss name to weight, for example {tvdpp: 1.0} or {ce: 0.1, tvd: 0.9}"""
-
-
-class GenerateConfig(Section):
-    """dist-train generate: the target answers seed instructions."""
-
-    target: TargetSection
-    tokenizer: str | None = None
-    """null: the target's own"""
-    seeds: SeedsSection
-    out: Path
-    """folder of the answers, Parquet"""
-    temperatures: list[float] = Field(default=[0.0, 0.3, 0.7, 1.0], min_length=1)
-    """each seed is answered once at each"""
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    max_new_tokens: PositiveInt = 512
-    batch_size: PositiveInt = 32
-    """answers decoded together; part of what fixes the random numbers"""
-    seed: int = 0
-
-
-class EvaluateConfig(Section):
-    """dist-train evaluate: block efficiency, MBSU and token rate of drafters with a target."""
-
-    target: TargetSection
-    drafters: dict[str, Path] = Field(min_length=1)
-    """name to Hugging Face folder, run folder or checkpoint; the first is the one that the others are compared with"""
-    tokenizer: str | None = None
-    """null: the target's own"""
-    tasks: list[TaskSection] = Field(min_length=1)
-    out: Path
-    """folder of the results"""
-    gammas: list[PositiveInt] = Field(default=[3, 5], min_length=1)
-    """tokens drafted per block"""
-    temperatures: list[float] = Field(default=[0.0, 0.6], min_length=1)
-    top_p: float = Field(default=0.9, gt=0, le=1)
-    max_new_tokens: PositiveInt = 128
-    batch_size: PositiveInt = 32
-    token_rate: TokenRateSection = TokenRateSection()
-    seed: int = 0
-
-
-class ExportConfig(Section):
-    """dist-train export: a drafter as a Hugging Face folder that servers load."""
-
-    drafter: Path
-    """run folder, checkpoint or Hugging Face folder"""
-    tokenizer: str
-    out: Path
-    target: TargetSection | None = None
-    """checked: same vocabulary; and assisted generation gives the target's own greedy output"""
-    prompts: SeedsSection | None = None
-    """on these prompts"""
-    max_new_tokens: PositiveInt = 64

@@ -1,0 +1,73 @@
+"""Configuration of `dist-train prepare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from dist_train.config.base import Section
+
+
+class DatasetSection(Section):
+    """A dataset as `datasets.load_dataset` names it: its files are read as they are."""
+
+    path: str
+    """hub id, or a folder"""
+    name: str | None = None
+    """configuration, where there are several"""
+    split: str = "train"
+    revision: str | None = None
+
+
+class FaultsSection(Section):
+    """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
+
+    malformed: Literal["stop", "skip"] = "stop"
+    """a line that is not a JSON object"""
+    encoding: Literal["stop", "skip"] = "stop"
+    """text that is not UTF-8"""
+    too_long: Literal["stop", "skip"] = "stop"
+    """a line longer than max_bytes"""
+    empty: Literal["stop", "skip"] = "skip"
+    """no text, or no response"""
+    max_bytes: PositiveInt = 50_000_000
+
+
+class PrepareConfig(Section):
+    """dist-train prepare: text or conversations to token shards."""
+
+    inputs: str | list[str] = Field(default=[])
+    """files, folders, globs or URLs (hf://datasets/...): JSONL (.gz, .zst), Parquet, text (one document a line)"""
+    dataset: DatasetSection | None = None
+    """instead of inputs: a dataset of the hub, read as a stream"""
+    tokenizer: str = ""
+    """sentencepiece .model file, Hugging Face folder or hub id"""
+    verify: bool = False
+    """--verify: read every byte of the corpus `out` and compare checksums, and the tokenizer if one is named"""
+    out: Path
+    """folder of the corpus"""
+    format: Literal["text", "chat"] = "text"
+    """chat: prompt and response pairs, packed, trained on responses only"""
+    text_field: str = "text"
+    prompt_field: str = "prompt"
+    response_field: str = "response"
+    """prompt_ids and response_ids, where a record has them (what generate writes), go before the texts"""
+    bos: bool = True
+    """begin each text document with BOS"""
+    eos: bool = True
+    """end each text document with EOS"""
+    sequence_length: PositiveInt = 2048
+    """tokens per sequence into which conversations are packed"""
+    shard_bytes: PositiveInt = 64 << 20
+    """input bytes per shard; a compressed file is one shard"""
+    faults: FaultsSection = FaultsSection()
+
+    @model_validator(mode="after")
+    def _something_to_make_it_of(self) -> PrepareConfig:
+        if not self.verify and bool(self.inputs) == bool(self.dataset):
+            raise ValueError("inputs is required, or dataset, and not both")
+        if not self.verify and not self.tokenizer:
+            raise ValueError("tokenizer is required")
+        return self
