@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.run_folder import CHECKPOINTS, LATEST, MODEL
+from dist_train.run_folder import CHECKPOINTS, LATEST, MODEL, committed
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -86,10 +86,15 @@ def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 
 def find_model(path: Path) -> Path:
-    """The Hugging Face folder that a run folder (its newest checkpoint), a checkpoint or such a folder stands for."""
+    """The Hugging Face folder that a run folder (its newest checkpoint), a checkpoint or such a folder stands for.
+
+    Raises UserError when it is none of them.
+    """
     latest = path / CHECKPOINTS / LATEST
     if latest.exists():
         path = path / CHECKPOINTS / latest.read_text().strip()
+    elif folders := committed(path / CHECKPOINTS):  # a lost `latest` loses nothing
+        path = folders[-1]
     if (path / MODEL / "config.json").exists():
         path = path / MODEL
     if not (path / "config.json").exists():

@@ -107,19 +107,38 @@ def _check_tokenizers(options: argparse.Namespace) -> int:
 
 
 def add_checkpoint(commands: argparse._SubParsersAction) -> None:
-    """`checkpoint`: list and verify."""
-    parser = add(
+    """`checkpoint ls`, `checkpoint verify` and `checkpoint convert`."""
+    group = add(
         commands,
         "checkpoint",
-        "list the checkpoints of a run, or verify every byte of them",
+        "list the checkpoints of a run, verify every byte of them, or convert one for DeepSpeed",
         "dist-train checkpoint verify runs/pretrain",
-        _run_checkpoint,
+        lambda options: None,
     )
-    parser.add_argument("action", choices=("ls", "verify"))
-    parser.add_argument("run", type=Path, help="run folder")
+    actions = group.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = add(actions, "ls", "list them", "dist-train checkpoint ls runs/pretrain", _list_checkpoints)
+    verifying = add(
+        actions,
+        "verify",
+        "compare every byte with its checksum",
+        "dist-train checkpoint verify runs/pretrain",
+        _list_checkpoints,
+    )
+    converting = add(
+        actions,
+        "convert",
+        "write the newest one as DeepSpeed itself saves it, for N ranks (dist-train needs no converting to go on)",
+        "dist-train checkpoint convert runs/pretrain --out converted --deepspeed zero1 --nproc 4",
+        _convert_checkpoint,
+    )
+    for parser in (listing, verifying, converting):
+        parser.add_argument("run", type=Path, help="run folder")
+    converting.add_argument("--out", type=Path, required=True, help="new folder")
+    converting.add_argument("--deepspeed", default="zero1", help="name in ds_configs or path of a DeepSpeed JSON")
+    converting.add_argument("--nproc", type=processes, default=1, metavar="N", help="ranks that will load it")
 
 
-def _run_checkpoint(options: argparse.Namespace) -> int:
+def _list_checkpoints(options: argparse.Namespace) -> int:
     from dist_train.run_folder import list_checkpoints, verify
 
     folders = list_checkpoints(options.run)
@@ -134,3 +153,15 @@ def _run_checkpoint(options: argparse.Namespace) -> int:
         whole = "whole" if options.action == "verify" else ""
         print(f"{line}  {'; '.join(misfits) or whole}".rstrip())
     return 1 if damaged else 0
+
+
+def _convert_checkpoint(options: argparse.Namespace) -> int:
+    from dist_train.launch import launch
+    from dist_train.train.convert import check, convert
+
+    config = check(options.run, options.out, options.deepspeed)
+    if options.nproc > 1:
+        words = ["checkpoint", "convert", options.run, "--out", options.out, "--deepspeed", options.deepspeed]
+        return launch([str(word) for word in words], options.nproc)
+    convert(config, options.run, options.out, options.deepspeed)
+    return 0

@@ -149,7 +149,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
         config=config,
         runtime=runtime,
         engine=engine,
-        drafter=DrafterState(engine, has_ema=config.train.ema_decay is not None),
+        drafter=DrafterState(engine, model, has_ema=config.train.ema_decay is not None),
         control=StepControl(engine, config.train.ema_decay),
         loader=_loader(config, runtime.rank, runtime.world_size),
         objective=objective,

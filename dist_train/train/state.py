@@ -20,11 +20,11 @@ EMA = "ema"
 
 
 class DrafterState:
-    """Reads and writes the state of the drafter in a DeepSpeed engine. `get` and `set` are collective."""
+    """Reads and writes the state of `model`, the drafter in a DeepSpeed engine. `get` and `set` are collective."""
 
-    def __init__(self, engine: Any, *, has_ema: bool = False) -> None:
+    def __init__(self, engine: Any, model: nn.Module, *, has_ema: bool = False) -> None:
         self._engine = engine
-        self.parameters: dict[str, nn.Parameter] = dict(engine.module.model.named_parameters())
+        self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.moments = (*MOMENTS, EMA) if has_ema else MOMENTS
         # bf16 without ZeRO: each parameter has an fp32 copy of its own.
         halves, masters = (

@@ -1,12 +1,13 @@
 """What our training machinery costs: tokens a second against a bare PyTorch loop and transformers' Trainer.
 
-    python tests/benchmarks/training.py bare --ranks 1 --pairs 6
+    python tests/benchmarks/training.py bare --ranks 1 --pairs 8
     python tests/benchmarks/training.py trainer --pairs 3
     python tests/benchmarks/training.py online --target-layers 8
     python tests/benchmarks/training.py checkpoint
 
 `bare`: the same drafter, batches, AdamW and dtype in a loop of PyTorch alone, DistributedDataParallel where there are
-several ranks, cross-entropy of whole logits; pairs take turns, and the ratio of each pair is one observation. `online`:
+several ranks, cross-entropy of whole logits. Both are started, and take turns of a few seconds in which the other is
+stopped, so that a machine that gets slower slows both; the ratio of neighbouring turns is one observation. `online`:
 a step with the target in the loop against its target pass and a drafter step measured by themselves. `checkpoint`: how
 long training stops for one that is written while it goes on, and for one that it waits for. On a GPU the same, in
 bf16, with train.compile, and the share of the device's arithmetic (MFU).
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -67,8 +69,8 @@ def seconds_a_step(run: Path, first: int) -> float:
     return statistics.median(np.diff(times)[first:])
 
 
-def launch(command: list[str], ranks: int) -> None:
-    """`command` in so many processes that know each other; ends with their complaint if one fails."""
+def start(command: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
+    """`command` in so many processes that know each other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -79,15 +81,19 @@ def launch(command: list[str], ranks: int) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"}
         environment |= {name: str(value) for name, value in place.items()}
         processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
+    return processes
+
+
+def finish(processes: list[subprocess.Popen[bytes]]) -> None:
+    """Wait for them; ends with the complaint of one that failed."""
     for process in processes:
         _, complaint = process.communicate()
         if process.returncode:
             raise SystemExit(complaint.decode()[-2000:])
 
 
-def ours(folder: Path, tokenizer: Path, corpus: Path, options: argparse.Namespace, *more: str) -> tuple[float, Path]:
-    """Seconds a step of `dist-train pretrain`, and its run folder."""
-    run = Path(tempfile.mkdtemp(dir=folder)) / "run"
+def ours_command(run: Path, tokenizer: Path, corpus: Path, options: argparse.Namespace, *more: str) -> list[str]:
+    """`dist-train pretrain` of this benchmark's size, into the folder `run`."""
     words = [
         f"run.dir={run}",
         f"tokenizer={tokenizer}",
@@ -103,16 +109,14 @@ def ours(folder: Path, tokenizer: Path, corpus: Path, options: argparse.Namespac
         "checkpoint.every=1000000",
         *more,
     ]
-    launch([sys.executable, "-m", "dist_train", "pretrain", *words], options.ranks)
+    return [sys.executable, "-m", "dist_train", "pretrain", *words]
+
+
+def ours(folder: Path, tokenizer: Path, corpus: Path, options: argparse.Namespace, *more: str) -> tuple[float, Path]:
+    """Seconds a step of `dist-train pretrain`, and its run folder."""
+    run = Path(tempfile.mkdtemp(dir=folder)) / "run"
+    finish(start(ours_command(run, tokenizer, corpus, options, *more), options.ranks))
     return seconds_a_step(run, 2), run
-
-
-def bare(folder: Path, corpus: Path, options: argparse.Namespace) -> float:
-    """Seconds a step of a loop of PyTorch alone, in processes of its own."""
-    out = Path(tempfile.mkdtemp(dir=folder)) / "times.json"
-    settings = {**vars(options), "corpus": str(corpus), "out": str(out)}
-    launch([sys.executable, __file__, "_bare", "--settings", json.dumps(settings)], options.ranks)
-    return statistics.median(json.loads(out.read_text())[2:])
 
 
 def bare_loop(settings: dict) -> None:
@@ -134,12 +138,10 @@ def bare_loop(settings: dict) -> None:
     if settings["compile"]:
         model = torch.compile(model)
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, fused=on_gpu)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1, fused=True)
     batch, length = settings["batch"], settings["length"]
     rng = np.random.default_rng(rank)
-    times = []
     for _ in range(settings["steps"]):
-        began = time.perf_counter()
         starts = rng.integers(0, len(tokens) - length - 1, batch)
         rows = torch.from_numpy(np.stack([tokens[at : at + length + 1].astype(np.int64) for at in starts])).to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -150,22 +152,18 @@ def bare_loop(settings: dict) -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
-        times.append(time.perf_counter() - began)
-    if rank == 0:
-        Path(settings["out"]).write_text(json.dumps(times))
-    torch.distributed.destroy_process_group()
+        if rank == 0:
+            note_time(settings["out"])
 
 
-def trainer(folder: Path, corpus: Path, options: argparse.Namespace) -> float:
-    """Seconds a step of transformers' Trainer, in one process of its own."""
-    out = Path(tempfile.mkdtemp(dir=folder)) / "times.json"
-    settings = {**vars(options), "corpus": str(corpus), "out": str(out)}
-    subprocess.run([sys.executable, __file__, "_trainer", "--settings", json.dumps(settings)], check=True)
-    return statistics.median(json.loads(out.read_text())[2:])
+def note_time(path: str) -> None:
+    """A step has ended now."""
+    with Path(path).open("a") as file:
+        file.write(json.dumps({"time": time.time()}) + "\n")
 
 
 def trainer_loop(settings: dict) -> None:
-    """Its own loop over rows of the corpus; seconds between its steps."""
+    """Its own loop over rows of the corpus."""
     import transformers
 
     from data_shards import ShardedTokens
@@ -182,11 +180,9 @@ def trainer_loop(settings: dict) -> None:
             ids = torch.from_numpy(tokens[index * length : (index + 1) * length].astype(np.int64))
             return {"input_ids": ids, "labels": ids}
 
-    times: list[float] = []
-
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *_: object, **__: object) -> None:
-            times.append(time.perf_counter())
+            note_time(settings["out"])
 
     arguments = transformers.TrainingArguments(
         output_dir=str(Path(settings["out"]).parent),
@@ -200,7 +196,6 @@ def trainer_loop(settings: dict) -> None:
     )
     model = new_drafter(drafter_config(DrafterSection(**SHAPE), VOCAB, 1, 2), 0)
     transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=[Clock()]).train()
-    Path(settings["out"]).write_text(json.dumps([0.0, *np.diff(times).tolist()]))
 
 
 def interval(ratios: list[float]) -> str:
@@ -214,21 +209,67 @@ def interval(ratios: list[float]) -> str:
     return f"{mean:.3f} [{mean - half:.3f}, {mean + half:.3f}]"
 
 
+def send(processes: list[subprocess.Popen[bytes]], number: int) -> None:
+    """A signal to all of them."""
+    for process in processes:
+        process.send_signal(number)
+
+
+def steps_noted(path: Path) -> list[float]:
+    """When each step ended that is in the file by now."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line)["time"] for line in lines if line.endswith("}")]
+
+
+def in_turn(times: list[float], began: float, ended: float) -> float:
+    """Seconds a step of those that lie whole in the turn from `began` to `ended`: the median."""
+    inside = [time for time in times if began < time < ended]
+    return statistics.median(np.diff(inside))
+
+
 def compare(folder: Path, options: argparse.Namespace) -> None:
-    """Pairs of ours and the peer, taking turns."""
+    """Turns of ours and of the peer."""
     tokenizer, corpus = prepared(folder)
-    peer = bare if options.what == "bare" else trainer
-    tokens = options.batch * options.ranks * options.length
-    ratios = []
-    for pair in range(options.pairs):
-        order = (True, False) if pair % 2 == 0 else (False, True)
-        seconds = {}
-        for mine in order:
-            seconds[mine] = ours(folder, tokenizer, corpus, options)[0] if mine else peer(folder, corpus, options)
-        ratios.append(seconds[False] / seconds[True])
+    options.steps = 1_000_000
+    run, out = folder / "run", folder / "times.jsonl"
+    settings = {**vars(options), "corpus": str(corpus), "out": str(out)}
+    peer = [sys.executable, __file__, f"_{options.what}", "--settings", json.dumps(settings)]
+    mine = start(ours_command(run, tokenizer, corpus, options), options.ranks)
+    while not (run / "metrics.jsonl").exists() and mine[0].poll() is None:
+        time.sleep(0.2)
+    send(mine, signal.SIGSTOP)
+    other = start(peer, options.ranks)
+    while len(steps_noted(out)) < 2 and other[0].poll() is None:
+        time.sleep(0.2)
+    send(other, signal.SIGSTOP)
+    turns: list[tuple[bool, float, float]] = []
+    for turn in range(2 * options.pairs + 1):  # ours begins and ends, and is compared with its neighbours' mean
+        active = mine if turn % 2 == 0 else other
+        send(active, signal.SIGCONT)
+        began = time.time()
+        time.sleep(options.turn)
+        turns.append((turn % 2 == 0, began, time.time()))
+        send(active, signal.SIGSTOP)
+    send(other, signal.SIGCONT)
+    send(other, signal.SIGKILL)
+    send(mine, signal.SIGCONT)
+    send(mine, signal.SIGTERM)
+    finish(mine)
+    report(steps_noted(run / "metrics.jsonl"), steps_noted(out), turns, options)
+
+
+def report(
+    mine: list[float], other: list[float], turns: list[tuple[bool, float, float]], options: argparse.Namespace
+) -> None:
+    """The ratio of each of the peer's turns to the mean of ours before and after it."""
+    seconds = [in_turn(mine if is_mine else other, began, ended) for is_mine, began, ended in turns]
+    tokens, ratios = options.batch * options.ranks * options.length, []
+    for turn in range(1, len(turns), 2):
+        beside = (seconds[turn - 1] + seconds[turn + 1]) / 2
+        ratios.append(seconds[turn] / beside)
         print(
-            f"pair {pair + 1}: ours {tokens / seconds[True]:.0f} tokens/s ({seconds[True]:.2f} s a step), "
-            f"{options.what} {tokens / seconds[False]:.0f}, ratio {ratios[-1]:.3f}",
+            f"pair {len(ratios)}: ours {tokens / beside:.0f} tokens/s ({beside:.2f} s a step), "
+            f"{options.what} {tokens / seconds[turn]:.0f}, ratio {ratios[-1]:.3f}",
             flush=True,
         )
     print(f"ours over {options.what}, {options.ranks} rank(s), {len(ratios)} pairs: {interval(ratios)}")
@@ -271,7 +312,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["bare", "trainer", "online", "checkpoint", "_bare", "_trainer"])
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--pairs", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--turn", type=float, default=12.0, help="seconds of a turn")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--batch", type=int, default=6, help="sequences a rank")
     parser.add_argument("--length", type=int, default=512)

@@ -131,8 +131,13 @@ def worst(found: Tensor, reference: Tensor) -> float:
     return float(((found - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-2)).max())
 
 
-def measured(path: str, name: str, z: Tensor, y: Tensor, labels: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+def measured(
+    path: str, name: str, z: Tensor, y: Tensor, labels: Tensor, options: dict, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Mean, and gradient of the sum [N, V]; the chunked head's weight is the logits, its hidden states unit vectors."""
+    if device != "cpu":
+        value, gradient = measured(path, name, z.to(device), y.to(device), labels.to(device), options)
+        return value.cpu(), gradient.cpu()
     if path == "dense":
         z = z.clone().requires_grad_()
         output = divergence(name, z, y, labels=labels, **options)
@@ -141,7 +146,7 @@ def measured(path: str, name: str, z: Tensor, y: Tensor, labels: Tensor, options
     # Zero times -inf is nan: what is masked out goes through the product as the lowest number.
     lowest = torch.finfo(z.dtype).min
     weight, target_weight = z.T.clamp_min(lowest).contiguous().requires_grad_(), y.T.clamp_min(lowest).contiguous()
-    unit = torch.eye(len(z), dtype=z.dtype)
+    unit = torch.eye(len(z), dtype=z.dtype, device=z.device)
     output = linear_divergence(name, unit, weight, unit, target_weight, None, 4, labels=labels, **options)
     (gradient,) = torch.autograd.grad(output.loss * len(z), weight)
     return output.loss.detach(), gradient.T
@@ -149,7 +154,8 @@ def measured(path: str, name: str, z: Tensor, y: Tensor, labels: Tensor, options
 
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("path", ["dense", "chunked"])
-def test_values_and_gradients_are_the_closed_forms(path, dtype, capsys):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_values_and_gradients_are_the_closed_forms(path, dtype, device, capsys):
     table = {}
     for regime, (z, y) in regimes().items():
         z, y = z.to(dtype), y.to(dtype)
@@ -157,15 +163,15 @@ def test_values_and_gradients_are_the_closed_forms(path, dtype, capsys):
         for name, options in CASES:
             value, gradient = closed_form(name, z, y, labels, **options)
             if value.isinf().any():
-                assert measured(path, name, z, y, labels, options)[0] == torch.inf
+                assert measured(path, name, z, y, labels, options, device)[0] == torch.inf
                 continue  # the gradient's bounds are tested below
             if regime == "log-ratios of 1e-3" and dtype == torch.bfloat16:
                 continue  # rounds to ties
-            found_value, found_gradient = measured(path, name, z, y, labels, options)
+            found_value, found_gradient = measured(path, name, z, y, labels, options, device)
             label = " ".join([name, *(f"{key}={option}" for key, option in options.items())])
             table[regime, label] = (worst(found_value[None], value.mean()[None]), worst(found_gradient, gradient))
     with capsys.disabled():
-        print(f"\n{path}, {dtype}: worst relative error over {len(table)} cases, of the value and of the gradient")
+        print(f"\n{path}, {dtype}, {device}: worst relative error over {len(table)} cases, value and gradient")
         for label in dict.fromkeys(label for _, label in table):
             of_label = {regime: errors for (regime, other), errors in table.items() if other == label}
             regime_of = [max(of_label, key=lambda r, k=k: of_label[r][k]) for k in (0, 1)]

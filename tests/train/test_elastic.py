@@ -97,7 +97,7 @@ with started() as runtime:
     model = new_drafter(drafter_config(section, 320, 1, 2), 0)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     train = TrainSection(steps=1, global_batch=4, micro_batch=2, precision=precision, deepspeed=stage)
-    state = DrafterState(build_engine(TrainableDrafter(model), train, runtime), has_ema=True)
+    state = DrafterState(build_engine(TrainableDrafter(model), train, runtime), model, has_ema=True)
     for name, weight in first.items():
         for factor, key in enumerate((WEIGHT, *state.moments), start=2):
             state.set(name, key, weight * factor)
@@ -113,3 +113,54 @@ with started() as runtime:
 def test_every_stage_gives_back_what_was_set_in_bf16(stage):
     """fp32 is what the runs above are in."""
     on_ranks(STATES, 2, stage, "bf16")
+
+
+LOADED_BY_DEEPSPEED = """
+import sys
+import deepspeed, torch
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from dist_train.runtime import started
+
+folder, checkpoint = sys.argv[1:]
+with started() as runtime:
+    torch.manual_seed(9)
+    model = LlamaForCausalLM(LlamaConfig.from_pretrained(folder))
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    path, state = engine.load_checkpoint(folder)
+    assert path is not None and state["step"] == engine.global_steps == 3
+    engine.optimizer._lazy_init_hp_params_optimizer_state()  # else only the first step lets moments be read
+    from pathlib import Path
+
+    for file in Path(checkpoint).glob("model/*.safetensors"):
+        for name, weight in load_file(file).items():
+            assert torch.equal(safe_get_full_fp32_param(model.get_parameter(name)), weight), name
+    for file in Path(checkpoint).glob("optimizer-*.safetensors"):
+        for stored, moment in load_file(file).items():
+            key, name = stored.split(".", 1)
+            if key != "ema":
+                assert torch.equal(safe_get_full_optimizer_state(model.get_parameter(name), key), moment), stored
+"""
+
+
+def test_deepspeed_alone_goes_on_from_a_converted_checkpoint(cli, tmp_path, undisturbed):
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    left_over(undisturbed / "zero3", tmp_path / "run")
+    command = ("checkpoint", "convert", tmp_path / "run", "--out", tmp_path / "converted", "--deepspeed", "zero1")
+    done = cli(*command, "--nproc", 2)
+    assert "step 3, for 2 rank(s) under zero1" in done.stdout
+    checkpoint = tmp_path / "run" / "checkpoints" / f"step-{STOPPED:08d}"
+    on_ranks(LOADED_BY_DEEPSPEED, 2, tmp_path / "converted", checkpoint)
+    found = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "converted"))
+    (tmp_path / "run" / "checkpoints" / "latest").write_text(f"step-{STOPPED:08d}\n")
+    for name, weight in weights(tmp_path / "run").items():
+        assert torch.equal(found[name], weight), name
+    assert "is there already" in cli(*command, expect=2).stderr

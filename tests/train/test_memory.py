@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import pytest
 
 from dist_train.config import PretrainConfig
@@ -48,3 +55,55 @@ def test_the_estimate_is_printed_before_the_start(tiny, cli, tmp_path):
 
     done = cli(*distillation(tiny, tmp_path / "run", steps=1))
     assert done.stdout.startswith("distill: about 0.4") and "GiB a rank of" in done.stdout
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+def test_the_estimate_is_what_a_run_at_real_shape_takes(shared, cli, tmp_path):
+    """The drafter of 115M beside a target of a billion parameters, 2,048 tokens of 32,000, two ranks, three steps."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        target = LlamaForCausalLM(LlamaConfig(hidden_size=2048, intermediate_size=5632, num_hidden_layers=18))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert 0.9e9 < target.num_parameters() < 1.2e9
+    target.save_pretrained(tmp_path / "target", max_shard_size="500MB")
+    del target
+    lines = ({"text": f"Sentence {number} of a text that is as long as it has to be."} for number in range(3000))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokenizer = shared / "llama2" / "tokenizer.model"
+    cli("prepare", f"inputs={tmp_path / 'text.jsonl'}", f"tokenizer={tokenizer}", f"out={tmp_path / 'shards'}")
+    command = [
+        *(sys.executable, "-m", "dist_train", "pretrain", f"run.dir={tmp_path / 'run'}", f"tokenizer={tokenizer}"),
+        *(f"target.path={tmp_path / 'target'}", "target.sharding=zero3", "objective={ce: 0.5, kld: 0.5}"),
+        *(f"data.sources=[{{path: {tmp_path / 'shards'}}}]", "data.sequence_length=2048", "train.deepspeed=zero2"),
+        *("train.steps=3", "train.global_batch=2", "train.micro_batch=1", "--nproc", "2"),
+    ]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    peaks: dict[str, int] = {}
+    while running.poll() is None:
+        for child in Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split():
+            peaks[child] = max(peaks.get(child, 0), anonymous_memory(child))
+        time.sleep(0.01)
+    output = running.stdout.read()
+    assert running.returncode == 0
+    assert "finished at step 3" in output
+    estimate = float(re.search(r"about ([0-9.]+) GiB a rank", output)[1])
+    measured = [peak / 2**30 for peak in peaks.values()]
+    print(f"estimated {estimate:.2f} GiB a rank, measured {', '.join(f'{peak:.2f}' for peak in measured)}")
+    assert len(measured) == 2
+    for peak in measured:
+        assert estimate == pytest.approx(peak, rel=0.15)
+
+
+def anonymous_memory(process: str) -> int:
+    """Bytes that are the process's own, without pages of files that the kernel shares."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:  # it has just ended
+        return 0
+    found = re.search(r"RssAnon:\s+(\d+)", status)
+    return int(found[1]) * 1024 if found else 0
