@@ -42,16 +42,16 @@ def slow_ranks(places: Sequence[Place], rates: Sequence[Sequence[float]]) -> dic
 
 
 def judge_rates(
-    check: str, unit: str, places: Sequence[Place], rates: Sequence[Sequence[float]], mend: str
+    check: str, unit: str, places: Sequence[Place], rates: Sequence[Sequence[float]], mend: str, who: str = "rank"
 ) -> list[Finding]:
-    """One finding a node of `rates` [place][repeat], more is better; each slow rank is named."""
+    """One finding a node of `rates` [place][repeat], more is better; each slow rank (or `who` else) is named."""
     slow, rows = slow_ranks(places, rates), {place.rank: row for place, row in zip(places, rates, strict=True)}
     found = []
     for node, ranks in by_node(places).items():
         low, high = (pick(median(rows[rank]) for rank in ranks) for pick in (min, max))
         figures = f"{low:.4g} {unit}" if f"{low:.3g}" == f"{high:.3g}" else f"{low:.4g} to {high:.4g} {unit}"
         named = [
-            f"rank {rank} reaches {max(rows[rank]):.4g} at best, {slow[rank]:.0%} below the median"
+            f"{who} {rank} reaches {max(rows[rank]):.4g} at best, {slow[rank]:.0%} below the median"
             for rank in ranks
             if rank in slow
         ]
@@ -75,7 +75,7 @@ def judge_pairs(
         return [Finding(check, "all", "ok", text)]
     places = [Place(i, node, "node") for i, node in enumerate(nodes)]
     best = [max((rates for pair, rates in pairs.items() if node in pair), key=median) for node in nodes]
-    return judge_rates(check, "GB/s with its neighbours", places, best, mend)
+    return judge_rates(check, "GB/s with its neighbours", places, best, mend, who="node")
 
 
 def judge_devices(places: Sequence[Place], health: Sequence[Sequence[str]], texts: Sequence[str]) -> list[Finding]:
