@@ -164,6 +164,8 @@ def test_the_stage_is_told_by_the_sections(tmp_path):
     assert stage_of(None, ["seeds.inputs=x", "target.path=y"]) == "generate"
     assert stage_of(None, ["target.path=y"]) == "distill"
     assert stage_of(None, ["target.path=y", "objective={ce: 1}"]) == "pretrain"
+    assert stage_of(None, ["inputs=x", "out=y"]) == "prepare"
+    assert stage_of(None, ["drafters={a: x}", "target.path=y"]) == "evaluate"
     (tmp_path / "c.yaml").write_text("target: {path: x}\n")
     assert stage_of(tmp_path / "c.yaml", []) == "distill"
 
@@ -197,6 +199,10 @@ def test_the_command_prints_every_assumption_with_its_formula(command):
 )
 def test_a_mistake_is_one_line(refused, more, complaint):
     assert complaint in refused("plan", *GIVEN, *more)
+
+
+def test_a_stage_without_a_plan_is_named(refused):
+    assert "prepare is not planned, pretrain, generate, distill are" in refused("plan", "inputs=x", "out=y", *ON)
 
 
 def test_a_gpu_that_is_not_known_is_refused_before_anything(cli):

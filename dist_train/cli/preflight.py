@@ -44,7 +44,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
         commands,
         "doctor",
         "check devices, links, disk, versions and a stage's inputs, one line each, with the mend",
-        "srun python -m dist_train doctor distill.yaml",
+        "dist-train doctor distill.yaml --nproc 8",
         _run_doctor,
     )
     parser.add_argument(
@@ -116,6 +116,8 @@ def _run_plan(options: argparse.Namespace) -> None:
     from dist_train import plan
 
     stage = _stage_of(options.words, options.stage)
+    if stage.name not in _PLANNED:
+        raise UserError(f"{stage.name} is not planned, {', '.join(_PLANNED)} are; --stage names one")
     config = _load(stage, options.words)
     machine = plan.Machine(plan.GPUS[options.gpu], options.gpus, options.gpus_per_node)
     if options.network is not None:

@@ -202,31 +202,30 @@ def _timed(action: Callable[[], None], device: torch.device) -> float:
 def try_disk(folder: Path, node: str, nodes: Sequence[str], runtime: Runtime, *, leads: bool) -> Disk:
     """Write, sync and rename a file in the shared folder, and wait for those of the other nodes. Collective."""
     trial = folder / runtime.first(f".doctor-{uuid.uuid4().hex[:12]}")
-    try:
-        return _try_disk(trial, node, nodes, runtime) if leads else _others(runtime)
-    finally:
-        runtime.barrier()
-        if runtime.is_first:
-            shutil.rmtree(trial, ignore_errors=True)
-
-
-def _others(runtime: Runtime) -> Disk:
+    seconds, error = _write(trial, node) if leads else (0.0, "")
+    runtime.barrier()  # what is written by now must appear
+    found = _look(trial, nodes, seconds, error) if leads else Disk()
     runtime.barrier()
-    return Disk()
+    if leads:  # each its own, if the folder is not shared
+        shutil.rmtree(trial, ignore_errors=True)
+    return found
 
 
-def _try_disk(trial: Path, node: str, nodes: Sequence[str], runtime: Runtime) -> Disk:
-    error, seconds = "", 0.0
+def _write(trial: Path, node: str) -> tuple[float, str]:
+    """Seconds of writing, or what was in the way."""
     try:
         trial.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter()
         write_atomically(trial / node, [os.urandom(1 << 20)])
-        seconds = time.perf_counter() - began
+        return time.perf_counter() - began, ""
     except OSError as failure:
-        error = failure.strerror or str(failure)
+        return 0.0, failure.strerror or str(failure)
     except DataError as failure:
-        error = str(failure)
-    runtime.barrier()  # what is written by now must appear
+        return 0.0, str(failure)
+
+
+def _look(trial: Path, nodes: Sequence[str], seconds: float, error: str) -> Disk:
+    """Whose files appear, and what is free."""
     if error:
         return Disk(error=error)
     limit = time.monotonic() + _APPEAR_SECONDS

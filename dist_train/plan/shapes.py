@@ -94,7 +94,7 @@ def tokenizer_vocabulary(tokenizer: str) -> int:
 
 
 def stage_of(path: Path | None, words: Sequence[str]) -> str:
-    """The stage that a configuration is of, by the sections it has: generate, distill or pretrain."""
+    """The stage that a configuration is of, by the keys that only this one has; pretrain if there are none."""
     import yaml
 
     tree: Any = {}
@@ -104,6 +104,8 @@ def stage_of(path: Path | None, words: Sequence[str]) -> str:
         except (yaml.YAMLError, UnicodeDecodeError):
             tree = {}  # told when it is loaded
     keys = {*(tree if isinstance(tree, dict) else {}), *(word.split("=")[0].split(".")[0] for word in words)}
-    if "seeds" in keys:
-        return "generate"
+    telling = {"seeds": "generate", "drafters": "evaluate", "inputs": "prepare", "dataset": "prepare"}
+    for key, stage in telling.items():
+        if key in keys:
+            return stage
     return "distill" if "target" in keys and "objective" not in keys else "pretrain"
