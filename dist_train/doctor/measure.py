@@ -214,7 +214,7 @@ def try_disk(folder: Path, node: str, nodes: Sequence[str], runtime: Runtime, *,
 def _write(trial: Path, node: str) -> tuple[float, str]:
     """Seconds of writing, or what was in the way."""
     try:
-        trial.mkdir(parents=True, exist_ok=True)
+        trial.mkdir(exist_ok=True)
         began = time.perf_counter()
         write_atomically(trial / node, [os.urandom(1 << 20)])
         return time.perf_counter() - began, ""
