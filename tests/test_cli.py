@@ -9,6 +9,7 @@ import time
 import pytest
 
 COMMANDS = ["demo", "tokenizer", "prepare", "pretrain", "generate", "distill", "evaluate", "export", "checkpoint"]
+COMMANDS += ["doctor", "plan"]
 
 
 @pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS), ["tokenizer", "train"], ["tokenizer", "check"]])

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from data_shards.errors import DataError
 from dist_train import __version__
 from dist_train.cli.parser import BAD_INPUT, Parser
+from dist_train.cli.preflight import add_preflight
 from dist_train.cli.stages import STAGES, add_stage, add_submit
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
 from dist_train.errors import UserError
@@ -54,4 +55,5 @@ def _parser() -> Parser:
         add_stage(commands, stage)
     add_submit(commands)
     add_checkpoint(commands)
+    add_preflight(commands)
     return parser

@@ -33,15 +33,18 @@ _MENDS = {
 }
 
 
-def memory_estimate(config: TrainConfig, shape: Any, world_size: int) -> dict[str, float]:
-    """GiB a rank of each kind, for a drafter of the Hugging Face configuration `shape`.
+def memory_estimate(
+    config: TrainConfig, shape: Any, world_size: int, *, on_gpu: bool | None = None
+) -> dict[str, float]:
+    """GiB a rank of each kind, for a drafter of the Hugging Face configuration `shape`; `on_gpu`: None asks PyTorch.
 
     Weights, gradients and optimizer state are counted (Rajbhandari et al. 2020, ZeRO, section 3.1); activations are
     those that a Llama block keeps for its backward pass with an attention that stores no matrix of scores. A step and
     the copies that a checkpoint is written from do not meet: what is more counts.
     """
     configuration = deepspeed_config(config.train, world_size).get("zero_optimization", {})
-    stage, on_gpu = configuration.get("stage", 0), torch.cuda.is_available()
+    stage = configuration.get("stage", 0)
+    on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     width = 2 if config.train.precision == "bf16" else 4
     drafter = parameters(shape)
     kinds = ("optimizer", "gradients", "weights")  # what ZeRO 1, 2 and 3 each add to what is sharded

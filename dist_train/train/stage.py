@@ -84,14 +84,15 @@ def _train(config: TrainConfig, runtime: Runtime) -> None:
 def memory_report(config: TrainConfig, world_size: int) -> str:
     """What each of `world_size` ranks will need, as YAML comments; or why that cannot be told here."""
     try:
-        estimate = _estimate(config, world_size)
+        estimate = estimate_memory(config, world_size)
     except UserError as error:
         return f"# memory: not estimated: {error}"
     lines = [f"#   {kind}: {amount:.2f}" for kind, amount in estimate.items() if amount]
     return "\n".join([f"# memory, estimated: {sum(estimate.values()):.2f} GiB a rank", *lines])
 
 
-def _estimate(config: TrainConfig, world_size: int) -> dict[str, float]:
+def estimate_memory(config: TrainConfig, world_size: int) -> dict[str, float]:
+    """GiB a rank of each kind. Raises UserError where the drafter's or the target's sizes cannot be told here."""
     from transformers import AutoConfig
 
     from dist_train.train.memory import memory_estimate
@@ -105,7 +106,7 @@ def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
     """Print what a rank will need before anything is loaded. Raises UserError where that is not free."""
     from dist_train.train.memory import available_gib, check_fit
 
-    estimate, available = _estimate(config, runtime.world_size), min(runtime.gather(available_gib(runtime)))
+    estimate, available = estimate_memory(config, runtime.world_size), min(runtime.gather(available_gib(runtime)))
     if runtime.is_first:
         shown = ", ".join(f"{kind} {amount:.2f}" for kind, amount in estimate.items() if amount >= 0.005)
         print(
