@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 class Stage:
     """A command that reads a configuration: `module` has `check(config)`, quick, and `run(config)`, on every rank.
 
-    `flags`: option to the override that it stands for, and its help.
+    `run` returns nothing, or the exit code.
+
+    `flags`: option to the override that it stands for, and its help; `{}` in it is where the option's value goes.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Stage:
 
 RESUME = {"--resume": ("run.resume=must", "an error if there is nothing to resume")}
 VERIFY = {"--verify": ("verify=true", "compare every byte of the corpus `out` with its checksums; make nothing")}
+CHECK = {"--check": ("check={}", "check the folder `drafter` against TARGET, a folder or hub id; write nothing")}
 STAGES = (
     Stage(
         "prepare",
@@ -90,9 +93,10 @@ STAGES = (
     Stage(
         "export",
         "write a drafter as a Hugging Face folder that servers load",
-        "dist_train.export",
+        "dist_train.export.stage",
         "ExportConfig",
-        "dist-train export drafter=runs/tvdpp tokenizer=tokenizer.model out=llama-2-7b-chat-drafter",
+        "dist-train export drafter=runs/tvdpp target.path=meta-llama/Llama-2-7b-chat-hf out=llama-2-7b-chat-drafter",
+        flags=CHECK,
     ),
 )
 
@@ -109,7 +113,10 @@ def add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
     parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
     parser.add_argument("--dry-run", action="store_true", help="print configuration, world and memory estimate; stop")
     for flag, (override, text) in stage.flags.items():
-        parser.add_argument(flag, dest="flags", action="append_const", const=override, help=text)
+        if "{}" in override:
+            parser.add_argument(flag, dest="flags", action="append", type=override.format, metavar="TARGET", help=text)
+        else:
+            parser.add_argument(flag, dest="flags", action="append_const", const=override, help=text)
     parser.stage = stage
     parser.set_defaults(stage=stage, flags=None)
 
@@ -141,14 +148,14 @@ def _run_stage(options: argparse.Namespace) -> int:
 
         module.check(config)
         return (launch_mpi if stage.mpi else launch)([stage.name, *words], options.nproc)
-    module.run(config)
+    code: int | None = module.run(config)
     if stage.trains and find_world().size > 1:
         # All is written. What PyTorch's communication threads do while the interpreter goes down can abort a process,
         # and a finished run would count as failed.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-    return 0
+    return code or 0
 
 
 # -- SLURM ------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from dist_train.config.base import Section, SeedsSection, TargetSection
 
@@ -14,10 +15,41 @@ class ExportConfig(Section):
 
     drafter: Path
     """run folder, checkpoint or Hugging Face folder"""
-    tokenizer: str
-    out: Path
+    tokenizer: str | None = None
+    """what the drafter was trained with; has to be the target's, which is the one written; null: the target's own"""
+    out: Path | None = None
+    """folder to write; one that dist-train export wrote is replaced, any other is refused"""
     target: TargetSection | None = None
-    """checked: same vocabulary; and assisted generation gives the target's own greedy output"""
+    """every check is against it, and assisted generation has to give its own greedy output"""
     prompts: SeedsSection | None = None
     """on these prompts"""
     max_new_tokens: PositiveInt = 64
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """what the weights are cast to"""
+    serving_length: PositiveInt | None = None
+    """longest sequence that will be served; null: the target's longest, of which less is only warned of"""
+    results: Path | None = None
+    """folder that dist-train evaluate wrote, for the model card"""
+    gguf: bool = False
+    """write drafter.gguf as well, through llama.cpp's converter"""
+    llama_cpp: Path | None = None
+    """llama.cpp's source folder, with convert_hf_to_gguf.py"""
+    check: str | None = None
+    """--check: the target, folder or hub id, that the existing folder `drafter` is checked against"""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ExportConfig:
+        if self.check is not None:
+            return self
+        if self.out is None:
+            raise ValueError("out is required")
+        if self.target is None and self.tokenizer is None:
+            raise ValueError("target.path is required, or tokenizer where there is no target")
+        if self.gguf and self.llama_cpp is None:
+            raise ValueError("gguf: name llama.cpp's source folder, llama_cpp=PATH")
+        return self
+
+    @property
+    def gguf_type(self) -> str:
+        """The dtype in llama.cpp's words."""
+        return {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[self.dtype]

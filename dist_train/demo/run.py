@@ -223,7 +223,7 @@ class Demo:
             "checkpoint": {"every": 100},
         }
         self.stage("pretrain", "target", config)
-        export = {"drafter": run, "tokenizer": self.tokenizer, "out": str(self.out / "target")}
+        export = {"drafter": run, "tokenizer": self.tokenizer, "out": str(self.out / "target"), "dtype": "fp32"}
         self.stage("export", "target-export", export, processes=1)
 
     def pretrain_drafter(self) -> None:

@@ -1,0 +1,164 @@
+"""The model card: what the drafter is for, how it was trained, what was measured, and how to serve it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_shards import DataError
+from data_shards.files import read_json
+from dist_train import __version__
+from dist_train.drafter import find_model
+from dist_train.errors import UserError
+from dist_train.evaluate.tables import results_markdown
+from dist_train.export.provenance import is_hub_id, public_name
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the card tells."""
+
+    name: str
+    target: str | None
+    parameters: int
+    dtype: str
+    positions: int
+    provenance: list[dict[str, Any]]
+    results: str | None
+    """Markdown tables"""
+    assisted: tuple[int, int] | None
+    """prompts and tokens on which transformers' assisted generation gave the target's own greedy output"""
+    gguf: bool
+
+
+def model_card(facts: Facts) -> str:
+    """README.md of the exported folder: YAML front matter and Markdown."""
+    return "\n".join(
+        [
+            f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n",
+            f"# {facts.name}\n",
+            _introduction(facts),
+            _training(facts),
+            f"## Measured\n\n{facts.results or 'Nothing: `dist-train evaluate` was not run on it, or not named.'}\n",
+            _serving(facts),
+        ]
+    )
+
+
+def read_results(folder: Path, drafter: Path) -> str:
+    """The tables of `dist-train evaluate` for this drafter and the one that it was compared with, as Markdown.
+
+    Raises UserError when the results are of other drafters, DataError when there are none.
+    """
+    results = read_json(folder / "results.json")
+    wanted = find_model(drafter).resolve()
+    named = {name: Path(entry["path"]) for name, entry in results["drafters"].items()}
+    name = next((name for name, path in named.items() if _is(path, wanted)), None)
+    if name is None:
+        tried = ", ".join(f"{name} ({path})" for name, path in named.items())
+        raise UserError(f"{folder}: results of {tried}, none of which is {drafter}; evaluate this one")
+    shown = {None, name, results["base"]}
+    rows = {key: [row for row in results.get(key, []) if row["drafter"] in shown] for key in ("rows", "token_rate")}
+    tables = results_markdown({**results, **rows})
+    return (
+        f"By dist-train evaluate, target {public_name(results['target']['path'])}; this drafter is *{name}*; "
+        f"top-p {results['top_p']:g}, at most {results['max_new_tokens']} new tokens, 95 % bootstrap intervals. "
+        "Block efficiency: tokens per call of the target, at most gamma + 1. MBSU: memory-bound speed-up.\n\n"
+        f"{tables}"
+    )
+
+
+def _is(path: Path, wanted: Path) -> bool:
+    try:
+        return find_model(path).resolve() == wanted
+    except (UserError, DataError):
+        return False
+
+
+def _front_matter(facts: Facts) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if facts.target and is_hub_id(facts.target):
+        front["base_model"] = facts.target
+    return {**front, "tags": ["speculative-decoding", "draft-model", "llama", "dist-train"]}
+
+
+def _introduction(facts: Facts) -> str:
+    target = f"**{public_name(facts.target)}**" if facts.target else "a chat model with the same tokenizer"
+    return (
+        f"A draft model for speculative decoding with {target}: it guesses the next tokens, the target checks them in "
+        f"one pass, and the output stays the target's. Of no use on its own.\n\n"
+        f"- {facts.parameters:,} parameters, `LlamaForCausalLM`, {facts.dtype}, {facts.positions:,} positions\n"
+        f"- tokenizer, special ids and chat template are the target's\n"
+        f"- exported by dist-train {__version__}\n"
+    )
+
+
+def _training(facts: Facts) -> str:
+    if not facts.provenance:
+        return "## Training\n\nUnknown: it was not exported from a dist-train run.\n"
+    lines = ["## Training\n"]
+    for number, run in enumerate(facts.provenance, start=1):
+        objective = " + ".join(f"{weight:g} {loss}" for loss, weight in run["objective"].items())
+        data = ", ".join(_source(source) for source in run["data"])
+        line = (
+            f"{number}. objective {objective}; {run['steps']:,} steps of {run['global_batch']} x "
+            f"{run['sequence_length']:,} tokens ({run['tokens']:,} tokens in all), learning rate "
+            f"{run['learning_rate']:g}, {run['precision']}, {run['ranks']} ranks; data: {data}"
+        )
+        if target := run.get("target"):
+            revision = f", revision {target['revision']}" if target.get("revision") else ""
+            hashes = f"configuration {target['config'][:12]}, head {target['head'][:12]}"
+            line += f"; target {target['path']}{revision} ({hashes})"
+        lines.append(line)
+    return "\n".join(lines) + "\n\nMethod: Goel et al. (2024), [arXiv 2403.00858](https://arxiv.org/abs/2403.00858).\n"
+
+
+def _source(source: dict[str, Any]) -> str:
+    share = next((f" ({key} {source[key]:g})" for key in ("weight", "epochs") if key in source), "")
+    return f"{source['name']}{share}"
+
+
+def _serving(facts: Facts) -> str:
+    target, name = public_name(facts.target) if facts.target else "TARGET", facts.name
+    proven = "Not run at this export."
+    if facts.assisted:
+        prompts, tokens = facts.assisted
+        proven = (
+            f"Proven at this export, in fp64: the target's own greedy output on {prompts} prompts ({tokens:,} tokens)."
+        )
+    convert = (
+        "`drafter.gguf` here was made by llama.cpp's converter."
+        if facts.gguf
+        else f"Convert first: `python convert_hf_to_gguf.py {name} --outfile drafter.gguf`."
+    )
+    return f"""## Serving
+
+transformers, assisted generation. {proven}
+
+```python
+target.generate(**inputs, assistant_model=AutoModelForCausalLM.from_pretrained("{name}"))
+```
+
+llama.cpp. {convert} Unproven for this drafter; dist-train's tests draft in it on a CPU, with tiny models.
+
+```bash
+llama-server -m target.gguf --model-draft drafter.gguf --spec-type draft-simple --spec-draft-n-max 5
+```
+
+vLLM. Unproven: the commands are those of its documentation.
+
+```bash
+vllm serve {target} --speculative-config '{{"model": "{name}", "method": "draft_model", "num_speculative_tokens": 5}}'
+```
+
+SGLang. Unproven, likewise.
+
+```bash
+python -m sglang.launch_server --model-path {target} --speculative-algorithm STANDALONE \\
+    --speculative-draft-model-path {name} --speculative-num-steps 4 --speculative-eagle-topk 1 \\
+    --speculative-num-draft-tokens 5
+```
+"""

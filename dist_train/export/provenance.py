@@ -1,0 +1,76 @@
+"""How a drafter came to be, as its run folders tell it; without paths of the machine it was trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_shards.files import read_json
+from dist_train.drafter import find_model
+from dist_train.errors import UserError
+from dist_train.run_folder import MANIFEST, verify
+
+
+def training_provenance(drafter: Path) -> list[dict[str, Any]]:
+    """One entry for each run that made the drafter, the first one first; empty where it came from no run of ours.
+
+    A run that was warm-started names the run before it. Raises DataError on a torn manifest.
+    """
+    found: list[dict[str, Any]] = []
+    at: Path | None = drafter
+    while at is not None:
+        try:
+            checkpoint = find_model(at).parent
+        except UserError:  # the run before is gone, or on another machine
+            break
+        run = checkpoint.parent.parent
+        if not ((checkpoint / MANIFEST).exists() and (run / "config.yaml").exists()):
+            break
+        config = yaml.safe_load((run / "config.yaml").read_text())
+        found.insert(0, _entry(config, read_json(checkpoint / MANIFEST)))
+        before = config["drafter"].get("init_from")
+        at = Path(before) if before else None
+    return found
+
+
+def damaged_weights(drafter: Path) -> list[str]:
+    """What is wrong with the weights of a checkpoint, one line each; nothing where it is no checkpoint."""
+    folder = find_model(drafter)
+    if not (folder.parent / MANIFEST).exists():
+        return []
+    return [line for line in verify(folder.parent) if line.startswith(f"{folder.name}/") or MANIFEST in line]
+
+
+def public_name(path: str) -> str:
+    """A hub id as it is, of a path the last part."""
+    return path if is_hub_id(path) else Path(path).name
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether `path` is `owner/name`, and no folder here."""
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+
+
+def _entry(config: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
+    train, data, state = config["train"], config["data"], manifest["state"]
+    entry: dict[str, Any] = {
+        "objective": config["objective"],
+        "data": [_source(source) for source in data["sources"]],
+        "sequence_length": data["sequence_length"],
+        "steps": manifest["step"],
+        "tokens": state["tokens"],
+        "global_batch": train["global_batch"],
+        "learning_rate": train["learning_rate"],
+        "precision": train["precision"],
+        "ranks": manifest["world_size"],
+    }
+    if target := state.get("target"):
+        entry["target"] = {**target, "path": public_name(target["path"])}
+    return entry
+
+
+def _source(source: dict[str, Any]) -> dict[str, Any]:
+    share = {key: source[key] for key in ("weight", "epochs") if source.get(key)}
+    return {"name": public_name(source["path"]), **share}

@@ -1,0 +1,89 @@
+"""What a drafter must agree with: the target's vocabulary, special ids, chat template and length."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+from dist_train.config import TargetSection
+from dist_train.errors import UserError
+from dist_train.target import read_target_config
+from dist_train.tokenizer import Tokenizer, load_tokenizer
+
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Of a target, or where there is none of the tokenizer alone."""
+
+    source: str
+    tokenizer: Tokenizer
+    vocab_size: int | None
+    """exactly the drafter's; None: at least the tokenizer's"""
+    special: dict[str, Any]
+    """`SPECIAL` as config.json has them; an id, a list of ids, or None"""
+    generation: dict[str, Any]
+    """`SPECIAL` as generation_config.json has them"""
+    chat_template: str | None
+    max_positions: int | None
+
+
+def reference_of_target(section: TargetSection) -> Reference:
+    """Read a target's configuration and tokenizer, not its weights. Raises UserError where one is missing."""
+    config = read_target_config(section)
+    special = {name: getattr(config, name, None) for name in SPECIAL}
+    tokenizer = load_tokenizer(section.path)
+    return Reference(
+        source=section.path,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        special=special,
+        generation=_generation_ids(section, special),
+        chat_template=served_chat_template(section.path, section.revision),
+        max_positions=getattr(config, "max_position_embeddings", None),
+    )
+
+
+def reference_of_tokenizer(tokenizer: Tokenizer) -> Reference:
+    """What the tokenizer alone tells."""
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+    return Reference(
+        source=tokenizer.source,
+        tokenizer=tokenizer,
+        vocab_size=None,
+        special=special,
+        generation=copy.deepcopy(special),
+        chat_template=tokenizer.chat_template,
+        max_positions=None,
+    )
+
+
+def token_ids(ids: int | list[int] | None) -> list[int]:
+    """One id, several or none, as a sorted list."""
+    return [] if ids is None else sorted(ids) if isinstance(ids, list) else [ids]
+
+
+def served_chat_template(source: str, revision: str | None = None) -> str | None:
+    """The chat template that transformers, and with it a server, finds at `source`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source, revision=revision).chat_template
+    except Exception as error:  # what tokenizers raises for a torn file is no narrower
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{source}: transformers loads no tokenizer from it: {reason}") from error
+
+
+def _generation_ids(section: TargetSection, special: dict[str, Any]) -> dict[str, Any]:
+    """generation_config.json may end texts at more ids than config.json; without one config.json's count."""
+    from transformers import GenerationConfig
+
+    try:
+        found = GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
+    except OSError:
+        return copy.deepcopy(special)
+    except ValueError as error:
+        raise UserError(f"{section.path}: generation_config.json cannot be read: {error}") from error
+    return {name: special[name] if getattr(found, name) is None else getattr(found, name) for name in SPECIAL}

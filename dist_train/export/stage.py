@@ -1,0 +1,145 @@
+"""The stage: check what cannot be mended, write the folder, put it through the gate, then move it to its place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from dist_train import __version__
+from dist_train.config import ExportConfig, TargetSection
+from dist_train.drafter import find_model, load_drafter
+from dist_train.errors import UserError
+from dist_train.export.assisted import check_assisted_generation
+from dist_train.export.card import Facts, model_card, read_results
+from dist_train.export.folder import atomic_folder, refuse_foreign, write_marker, write_model
+from dist_train.export.gate import Check, gate, source_gate
+from dist_train.export.gguf import find_converter, write_gguf
+from dist_train.export.provenance import damaged_weights, training_provenance
+from dist_train.export.reference import Reference, reference_of_target, reference_of_tokenizer, token_ids
+from dist_train.prompts import encode_seeds, read_seeds
+from dist_train.runtime import quiet_libraries
+from dist_train.tokenizer import PROBES, differences, load_tokenizer
+
+GGUF_FILE = "drafter.gguf"
+
+
+def check(config: ExportConfig) -> None:
+    """Raise UserError or DataError for what is wrong."""
+    if config.check is None:
+        _check_export(config, _reference(config))
+
+
+def run(config: ExportConfig) -> int:
+    """Export, or with `check` put an existing folder through the gate: 0, or 1 where it does not pass."""
+    quiet_libraries()
+    if config.check is not None:
+        return _check_folder(config, config.check)
+    reference = _reference(config)
+    _check_export(config, reference)
+    assert config.out is not None  # the configuration asks for it
+    with atomic_folder(config.out) as folder:
+        _write(config, reference, folder)
+    print(f"export: {config.out}", flush=True)
+    return 0
+
+
+def _reference(config: ExportConfig) -> Reference:
+    """The target; or the tokenizer where there is no target. Raises UserError where both are named and differ."""
+    if config.target is None:
+        assert config.tokenizer is not None  # the configuration asks for it
+        return reference_of_tokenizer(load_tokenizer(config.tokenizer))
+    reference = reference_of_target(config.target)
+    if config.tokenizer is not None:
+        found = differences(load_tokenizer(config.tokenizer), reference.tokenizer, PROBES)
+        if found:
+            raise UserError(f"{config.tokenizer} is not the tokenizer of {config.target.path}: {'; '.join(found)}")
+    return reference
+
+
+def _check_export(config: ExportConfig, reference: Reference) -> None:
+    """What can be told before anything is written."""
+    assert config.out is not None
+    refuse_foreign(config.out)
+    source = find_model(config.drafter)
+    if damaged := damaged_weights(config.drafter):
+        raise UserError(f"{source.parent}: is damaged: {'; '.join(damaged)}; restore it or name another checkpoint")
+    _raise_failed(source, source_gate(source, reference, config.serving_length))
+    if config.llama_cpp is not None:
+        find_converter(config.llama_cpp)
+    if config.results is not None:
+        read_results(config.results, config.drafter)
+
+
+def _check_folder(config: ExportConfig, target: str) -> int:
+    """The gate on a folder that is there, one line a check."""
+    checks = gate(find_model(config.drafter), reference_of_target(TargetSection(path=target)), config.serving_length)
+    for one in checks:
+        print(one)
+    failed = sum(one.verdict == "failed" for one in checks)
+    print(
+        f"refused: {failed} of {len(checks)} checks failed"
+        if failed
+        else f"passed: {config.drafter} drafts for {target}"
+    )
+    return 1 if failed else 0
+
+
+def _write(config: ExportConfig, reference: Reference, folder: Path) -> None:
+    """Everything that goes into the folder. Raises UserError where the gate or a proof does not hold."""
+    write_model(find_model(config.drafter), folder, reference, config.dtype)
+    checks = gate(folder, reference, config.serving_length)
+    _raise_failed(config.drafter, checks)
+    for one in checks:
+        if one.verdict == "warning":
+            print(f"export: warning: {one.name}: {one.text}", flush=True)
+    model: Any = load_drafter(folder)
+    print(
+        f"export: {model.num_parameters():,} parameters, LlamaForCausalLM, {config.dtype}; "
+        f"{len(checks)} checks passed against {reference.source}",
+        flush=True,
+    )
+    assisted = _prove(config, reference, folder)
+    if config.gguf:
+        _convert(config, folder)
+    assert config.out is not None
+    provenance = training_provenance(config.drafter)
+    facts = Facts(
+        name=config.out.resolve().name,
+        target=config.target.path if config.target else None,
+        parameters=model.num_parameters(),
+        dtype=config.dtype,
+        positions=model.config.max_position_embeddings,
+        provenance=provenance,
+        results=read_results(config.results, config.drafter) if config.results else None,
+        assisted=assisted,
+        gguf=config.gguf,
+    )
+    (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
+    write_marker(folder, {"dist_train": __version__, "dtype": config.dtype, "training": provenance})
+
+
+def _prove(config: ExportConfig, reference: Reference, folder: Path) -> tuple[int, int] | None:
+    """Compare assisted with plain generation where a target and prompts are named: prompts and tokens compared."""
+    if config.target is None or config.prompts is None:
+        return None
+    prompts = encode_seeds(read_seeds(config.prompts), reference.tokenizer)
+    eos_ids = token_ids(reference.generation["eos_token_id"]) or [reference.tokenizer.eos_id]
+    tokens = check_assisted_generation(folder, config.target, prompts, eos_ids, config.max_new_tokens)
+    print(
+        f"export: assisted generation gives the target's own greedy output on {len(prompts)} prompts "
+        f"({tokens:,} tokens)",
+        flush=True,
+    )
+    return len(prompts), tokens
+
+
+def _convert(config: ExportConfig, folder: Path) -> None:
+    assert config.llama_cpp is not None  # the configuration asks for it
+    write_gguf(folder, folder / GGUF_FILE, config.llama_cpp, config.gguf_type)
+    print(f"export: {GGUF_FILE}, {config.gguf_type}, by llama.cpp's converter", flush=True)
+
+
+def _raise_failed(folder: Path, checks: list[Check]) -> None:
+    failed = [f"{one.name}: {one.text}" for one in checks if one.verdict == "failed"]
+    if failed:
+        raise UserError(f"{folder}: {'; '.join(failed)}")
