@@ -10,6 +10,7 @@ import torch
 
 from dist_train.config import TrainConfig
 from dist_train.errors import UserError
+from dist_train.losses import needs_target
 from dist_train.losses.linear import chunk_rows
 from dist_train.runtime import Runtime, local_world_size
 from dist_train.target import DTYPES, read_target_config
@@ -58,7 +59,7 @@ def memory_estimate(config: TrainConfig, shape: Any, world_size: int) -> dict[st
         # AdamW's two moments in fp32, and beside them an fp32 copy of the weights, save for fp32 without ZeRO.
         "optimizer": (12 if width == 2 or stage else 8) * drafter / shard["optimizer"],
     }
-    has_target = config.target is not None and set(config.objective) != {"ce"}
+    has_target = config.target is not None and needs_target(config.objective)
     rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=not has_target), tokens)
     step = {
         "activations": width * tokens * (shape.num_hidden_layers * kept + block),
