@@ -46,7 +46,11 @@ class Training:
     metrics: Metrics
     phases: Phases
     step: int = 0
-    tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many have been gone through, over all ranks."""
+        return self.step * self.config.train.global_batch * self.config.data.sequence_length
 
     def fit(self) -> bool:
         """Train to the last step, or to the first step boundary after a stop signal; True when it is finished."""
@@ -62,7 +66,6 @@ class Training:
                     batches = [on_device(batch, self.runtime.device) for batch in next(self.loader)]
                 figures, stopping = self._optimizer_step(batches, stop)
                 self.step += 1
-                self.tokens += self.config.train.global_batch * self.config.data.sequence_length
                 figures |= self.metrics.pace(self.phases.read(), time.monotonic() - began)
                 if self.held_out is not None and self.held_out.due(self.step, last_step):
                     figures |= self.held_out.measure(self.engine.module)
@@ -169,7 +172,6 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """What is not in the engine, and a figure by which a restored engine is known to be right."""
         return {
-            "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "objective": self.objective.state_dict(),
             "guard": self.guard.state_dict(),
@@ -188,7 +190,6 @@ class Training:
         self.loader.load_state_dict(state["loader"])
         self.objective.load_state_dict(state["objective"])
         self.guard.load_state_dict(state["guard"])
-        self.tokens = state["tokens"]
         self.step = state["loader"]["step"]
         found, saved = self.probe(), state["probe_loss"]
         if abs(found - saved) > _PROBE_TOLERANCE[self.config.train.precision] * max(1.0, abs(saved)):
