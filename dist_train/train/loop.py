@@ -58,11 +58,11 @@ class Training:
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignal())
             watchdog = stack.enter_context(Watchdog(self.config.run.hang_timeout, self.runtime.rank))
-            profiler = stack.enter_context(self.metrics.profiler(self.step))
+            trace_step = stack.enter_context(self.metrics.profiler(self.step))
             stopping = False
             while self.step < last_step and not stopping:
                 began = time.monotonic()
-                with self.phases("data"):
+                with self.phases("data_wait"):
                     batches = [on_device(batch, self.runtime.device) for batch in next(self.loader)]
                 figures, stopping = self._optimizer_step(batches, stop)
                 self.step += 1
@@ -73,7 +73,7 @@ class Training:
                 if stopping or self.checkpoints.due(self.step, last_step):
                     self.save()
                 watchdog.beat(self.step)
-                profiler.step()
+                trace_step()
             self.checkpoints.commit()
         return self.step == last_step
 
