@@ -88,7 +88,8 @@ def block_efficiency(accepted: Tensor, mask: Tensor, positions: Tensor, gamma: i
     each document.
     """
     windows = accepted.double().unfold(1, gamma, 1)  # [B, T - gamma + 1, gamma]
-    same_document = (positions.diff(dim=1) == 1).unfold(1, gamma - 1, 1).all(-1) if gamma > 1 else torch.ones_like(mask)
+    spans = positions.unfold(1, gamma, 1)
+    same_document = spans[..., -1] - spans[..., 0] == gamma - 1  # positions go up by one or begin anew
     whole = mask.unfold(1, gamma, 1).all(-1) & same_document
     expected = 1 + windows.cumprod(-1).sum(-1)
     return float(expected[whole].sum()), float(whole.sum())
