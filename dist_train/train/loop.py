@@ -139,19 +139,17 @@ class Training:
         first = self.step * self.config.train.global_batch
         return f"samples {first} to {first + self.config.train.global_batch - 1} of the order"
 
-    @torch.no_grad()
     def _measure_mu(self, batches: list[DeviceBatch], num_positions: int) -> float:
         """TVD++'s mean reward over the global batch, before the first step, by a forward pass alone."""
         objective = self.objective
         objective.batch_mu = 0.5  # any value: only the statistics of this pass are used
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        self.engine.module.eval()
-        for batch in batches:
-            hidden = objective.target(batch.input_ids, batch.positions) if objective.target else None
-            loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
-            _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function)
-            total += statistics[STATISTICS.index("mu")]
-        self.engine.module.train()
+        with self.engine.module.evaluating():
+            for batch in batches:
+                hidden = objective.target(batch.input_ids, batch.positions) if objective.target else None
+                loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
+                _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function)
+                total += statistics[STATISTICS.index("mu")]
         return float(self.runtime.sum(total)) / max(num_positions, 1)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
@@ -198,12 +196,9 @@ class Training:
                 f"had {saved:.4f} when it was saved; {self.config.run.dir} was begun with another precision or shape?"
             )
 
-    @torch.no_grad()
     def probe(self) -> float:
         """Cross-entropy of the drafter on the first sequence of the run, the same one on every rank."""
         batch = on_device(self.loader.first(), self.runtime.device)
-        self.engine.module.eval()
         loss_function = self.objective.cross_entropy(batch.labels, batch.mask)
-        loss = float(self.engine.module(batch.input_ids, batch.positions, loss_function))
-        self.engine.module.train()
-        return loss
+        with self.engine.module.evaluating():
+            return float(self.engine.module(batch.input_ids, batch.positions, loss_function))
