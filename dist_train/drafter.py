@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -135,3 +136,16 @@ class TrainableDrafter(nn.Module):
         """What `loss(hidden [B, T, D], head)` returns; positions that begin anew keep documents apart."""
         states = self.model.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
         return self.model.get_output_embeddings()(states.last_hidden_state, loss)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode and no gradients for the length of a `with` block.
+
+        Always both: a forward pass in training mode without gradients corrupts ZeRO-3's trace (DeepSpeed issue 4922).
+        """
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train()

@@ -4,6 +4,6 @@ from dist_train.losses.dense import divergence
 from dist_train.losses.head import Head
 from dist_train.losses.linear import linear_divergence
 from dist_train.losses.output import STATISTICS, DivergenceOutput
-from dist_train.losses.terms import NAMES
+from dist_train.losses.terms import NAMES, needs_target
 
-__all__ = ["NAMES", "STATISTICS", "DivergenceOutput", "Head", "divergence", "linear_divergence"]
+__all__ = ["NAMES", "STATISTICS", "DivergenceOutput", "Head", "divergence", "linear_divergence", "needs_target"]

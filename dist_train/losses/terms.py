@@ -17,8 +17,6 @@ from torch import Tensor
 
 from dist_train.losses.distributions import LOWEST, Distributions, row_sum
 
-NAMES = ("kld", "rkl", "jsd", "tvd", "tvdpp", "lk", "ce")
-
 
 @dataclass(frozen=True)
 class Options:
@@ -177,6 +175,7 @@ def z_loss(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
 
 
 TERMS: dict[str, Term] = {"kld": kld, "rkl": rkl, "jsd": jsd, "tvd": tvd, "tvdpp": tvdpp, "lk": lk, "ce": ce}
+NAMES = tuple(TERMS)
 
 
 def unbounded(value: Tensor) -> Tensor:

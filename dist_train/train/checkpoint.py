@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -73,9 +73,7 @@ class Checkpoints:
         self.commit()
         final = self.folder / f"step-{step:08d}"
         temporary = final.with_name(f"{final.name}.tmp")
-        self.runtime.agree(
-            lambda: _fresh_folders(temporary, [_FOLDERS[key] for key in _FOLDERS if key in _keys(drafter)])
-        )
+        self.runtime.agree(lambda: _fresh_folders(temporary, _folders(drafter).values()))
         parts = share_out(drafter, self.runtime.world_size)
         files = self._snapshot(temporary, drafter, parts)
         describe = partial(_describe, temporary, model, drafter, parts)
@@ -130,7 +128,7 @@ class Checkpoints:
             # Under ZeRO-3 a parameter's own shape is hidden.
             if wanted is None or tuple(getattr(wanted, "ds_shape", wanted.shape)) != tuple(tensor.shape):
                 raise UserError(f"{folder}: {name} of {tuple(tensor.shape)} is not in this drafter; see drafter.*")
-            if key == WEIGHT or key in drafter.moments:
+            if key in drafter.keys:
                 drafter.set(name, key, tensor)
                 read.add((name, key))
         missing = [name for name in drafter.parameters if (name, WEIGHT) not in read]
@@ -150,7 +148,7 @@ class Checkpoints:
         files: dict[Path, dict[str, Tensor]] = {}
         for part, names in enumerate(parts):
             for name in names:
-                for key in _keys(drafter):
+                for key in drafter.keys:
                     tensor = drafter.get(name, key)
                     if part == self.runtime.rank:
                         path, stored = _place(folder, key, name, part, len(parts))
@@ -237,8 +235,9 @@ def share_out(drafter: DrafterState, ranks: int) -> list[list[str]]:
     return parts
 
 
-def _keys(drafter: DrafterState) -> dict[str, None]:
-    return dict.fromkeys((WEIGHT, *drafter.moments))
+def _folders(drafter: DrafterState) -> dict[str, str]:
+    """Of what is stored as a Hugging Face folder."""
+    return {key: folder for key, folder in _FOLDERS.items() if key in drafter.keys}
 
 
 def _place(folder: Path, key: str, name: str, part: int, parts: int) -> tuple[Path, str]:
@@ -267,17 +266,17 @@ def _describe(folder: Path, model: Any, drafter: DrafterState, parts: list[list[
     size = 4 * sum(_numel(parameter) for parameter in drafter.parameters.values())
     model.config.architectures, model.config.dtype = [type(model).__name__], torch.float32
     made = []
-    for key in _FOLDERS.keys() & _keys(drafter).keys():
+    for key, name in _folders(drafter).items():
         files = {
-            name: _place(folder, key, name, part, len(parts))[0].name
-            for part, names in enumerate(parts)
-            for name in names
+            parameter: _place(folder, key, parameter, part, len(parts))[0].name
+            for part, parameters in enumerate(parts)
+            for parameter in parameters
         }
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
-        (folder / _FOLDERS[key] / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-        model.config.save_pretrained(folder / _FOLDERS[key])
-        model.generation_config.save_pretrained(folder / _FOLDERS[key])
-        made += sorted((folder / _FOLDERS[key]).glob("*.json"))
+        (folder / name / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        model.config.save_pretrained(folder / name)
+        model.generation_config.save_pretrained(folder / name)
+        made += sorted((folder / name).glob("*.json"))
     return made
 
 
@@ -286,7 +285,7 @@ def _numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _fresh_folders(folder: Path, below: list[str]) -> None:
+def _fresh_folders(folder: Path, below: Iterable[str]) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
         for name in below:

@@ -111,8 +111,8 @@ class StepControl:
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         tensors = [tensor for group in optimizer.param_groups for tensor in group["params"]]
         if self._checks and not self.skip:
-            norms = torch._foreach_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
-            self.skip = not bool(torch.stack(norms).isfinite().all())
+            norm = torch.nn.utils.get_total_norm([tensor.grad for tensor in tensors if tensor.grad is not None])
+            self.skip = not bool(norm.isfinite())
         if self.skip:  # a tensor without a gradient is left as it is, its moments too
             self._put_aside = [(tensor, tensor.grad) for tensor in tensors]
             for tensor in tensors:

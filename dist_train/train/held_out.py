@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -10,10 +11,11 @@ from torch import Tensor
 
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import TrainConfig
+from dist_train.drafter import TrainableDrafter
 from dist_train.losses import STATISTICS, Head
 from dist_train.losses.linear import affordable_rows
 from dist_train.runtime import Runtime
-from dist_train.train.batch import on_device
+from dist_train.train.batch import DeviceBatch, on_device
 from dist_train.train.objective import Objective
 
 
@@ -40,45 +42,42 @@ class HeldOut:
         """Whether to look after `step` steps."""
         return step == last_step or step % self.section.every == 0
 
-    @torch.no_grad()
-    def measure(self, drafter: Any) -> dict[str, float]:
+    def measure(self, drafter: TrainableDrafter) -> dict[str, float]:
         """`eval/...` of the drafter, by all ranks together: loss, and with a target how well it drafts.
 
         Block efficiency is simulated: over windows of gamma tokens of the corpus, 1 + the expected number of accepted
         ones, sum_k prod_{i<=k} min(1, p(x_i) / q(x_i)); exact where the corpus was sampled from the target.
         """
-        sums: dict[str, float] = {}
-        counts: dict[str, float] = {}
-
-        def add(name: str, total: float, count: float) -> None:
-            sums[name] = sums.get(name, 0.0) + total
-            counts[name] = counts.get(name, 0.0) + count
-
-        target, objective = self.objective.target, self.objective
-        drafter.eval()
-        for found in self._batches:
-            batch = on_device(found, self.runtime.device)
-            positions = int(batch.mask.sum())
-            states = target(batch.input_ids, batch.positions) if target else None
-            loss_function = objective.loss(batch.labels, batch.mask, states, max(positions, 1))
-
-            def look(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-                return *loss_function(hidden, head), label_log_probs(hidden, head, batch.labels)  # noqa: B023
-
-            loss, statistics, log_p = drafter(batch.input_ids, batch.positions, look)
-            add("loss", float(loss) * positions, positions)
-            if target is None or states is None:
-                continue
-            for name, value in zip(STATISTICS, statistics.tolist(), strict=True):
-                add(name, value, positions)
-            accepted = (log_p - label_log_probs(states, target.head, batch.labels)).clamp(max=0).exp()
-            for gamma in self.section.gammas:
-                add(f"block_efficiency/gamma{gamma}", *block_efficiency(accepted, batch.mask, batch.positions, gamma))
-        drafter.train()
+        sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        with drafter.evaluating():
+            for batch in self._batches:
+                for name, total, count in self._figures(drafter, on_device(batch, self.runtime.device)):
+                    sums[name][0] += total
+                    sums[name][1] += count
         names = sorted(sums)
-        values = torch.tensor([[sums[name], counts[name]] for name in names], dtype=torch.float64)
+        values = torch.tensor([sums[name] for name in names], dtype=torch.float64)
         totals = self.runtime.sum(values.to(self.runtime.device)).tolist()
         return {f"eval/{name}": total / max(count, 1) for name, (total, count) in zip(names, totals, strict=True)}
+
+    def _figures(self, drafter: TrainableDrafter, batch: DeviceBatch) -> Iterator[tuple[str, float, float]]:
+        """(name, sum, number of what was summed) of each figure of a micro-batch."""
+        target = self.objective.target
+        positions = int(batch.mask.sum())
+        states = target(batch.input_ids, batch.positions) if target else None
+        loss_function = self.objective.loss(batch.labels, batch.mask, states, max(positions, 1))
+
+        def look(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+            return *loss_function(hidden, head), label_log_probs(hidden, head, batch.labels)
+
+        loss, statistics, log_p = drafter(batch.input_ids, batch.positions, look)
+        yield "loss", float(loss) * positions, positions
+        if target is None or states is None:
+            return
+        for name, value in zip(STATISTICS, statistics.tolist(), strict=True):
+            yield name, value, positions
+        accepted = (log_p - label_log_probs(states, target.head, batch.labels)).clamp(max=0).exp()
+        for gamma in self.section.gammas:
+            yield f"block_efficiency/gamma{gamma}", *block_efficiency(accepted, batch.mask, batch.positions, gamma)
 
 
 def block_efficiency(accepted: Tensor, mask: Tensor, positions: Tensor, gamma: int) -> tuple[float, float]:
@@ -88,7 +87,8 @@ def block_efficiency(accepted: Tensor, mask: Tensor, positions: Tensor, gamma: i
     each document.
     """
     windows = accepted.double().unfold(1, gamma, 1)  # [B, T - gamma + 1, gamma]
-    same_document = (positions.diff(dim=1) == 1).unfold(1, gamma - 1, 1).all(-1) if gamma > 1 else torch.ones_like(mask)
+    spans = positions.unfold(1, gamma, 1)
+    same_document = spans[..., -1] - spans[..., 0] == gamma - 1  # positions go up by one or begin anew
     whole = mask.unfold(1, gamma, 1).all(-1) & same_document
     expected = 1 + windows.cumprod(-1).sum(-1)
     return float(expected[whole].sum()), float(whole.sum())

@@ -46,7 +46,11 @@ class Training:
     metrics: Metrics
     phases: Phases
     step: int = 0
-    tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """How many have been gone through, over all ranks."""
+        return self.step * self.config.train.global_batch * self.config.data.sequence_length
 
     def fit(self) -> bool:
         """Train to the last step, or to the first step boundary after a stop signal; True when it is finished."""
@@ -54,15 +58,14 @@ class Training:
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignal())
             watchdog = stack.enter_context(Watchdog(self.config.run.hang_timeout, self.runtime.rank))
-            profiler = stack.enter_context(self.metrics.profiler(self.step))
+            trace_step = stack.enter_context(self.metrics.profiler(self.step))
             stopping = False
             while self.step < last_step and not stopping:
                 began = time.monotonic()
-                with self.phases("data"):
+                with self.phases("data_wait"):
                     batches = [on_device(batch, self.runtime.device) for batch in next(self.loader)]
                 figures, stopping = self._optimizer_step(batches, stop)
                 self.step += 1
-                self.tokens += self.config.train.global_batch * self.config.data.sequence_length
                 figures |= self.metrics.pace(self.phases.read(), time.monotonic() - began)
                 if self.held_out is not None and self.held_out.due(self.step, last_step):
                     figures |= self.held_out.measure(self.engine.module)
@@ -70,7 +73,7 @@ class Training:
                 if stopping or self.checkpoints.due(self.step, last_step):
                     self.save()
                 watchdog.beat(self.step)
-                profiler.step()
+                trace_step()
             self.checkpoints.commit()
         return self.step == last_step
 
@@ -136,19 +139,17 @@ class Training:
         first = self.step * self.config.train.global_batch
         return f"samples {first} to {first + self.config.train.global_batch - 1} of the order"
 
-    @torch.no_grad()
     def _measure_mu(self, batches: list[DeviceBatch], num_positions: int) -> float:
         """TVD++'s mean reward over the global batch, before the first step, by a forward pass alone."""
         objective = self.objective
         objective.batch_mu = 0.5  # any value: only the statistics of this pass are used
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        self.engine.module.eval()
-        for batch in batches:
-            hidden = objective.target(batch.input_ids, batch.positions) if objective.target else None
-            loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
-            _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function)
-            total += statistics[STATISTICS.index("mu")]
-        self.engine.module.train()
+        with self.engine.module.evaluating():
+            for batch in batches:
+                hidden = objective.target(batch.input_ids, batch.positions) if objective.target else None
+                loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
+                _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function)
+                total += statistics[STATISTICS.index("mu")]
         return float(self.runtime.sum(total)) / max(num_positions, 1)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
@@ -169,7 +170,6 @@ class Training:
     def state_dict(self) -> dict[str, Any]:
         """What is not in the engine, and a figure by which a restored engine is known to be right."""
         return {
-            "tokens": self.tokens,
             "loader": self.loader.state_dict(),
             "objective": self.objective.state_dict(),
             "guard": self.guard.state_dict(),
@@ -188,7 +188,6 @@ class Training:
         self.loader.load_state_dict(state["loader"])
         self.objective.load_state_dict(state["objective"])
         self.guard.load_state_dict(state["guard"])
-        self.tokens = state["tokens"]
         self.step = state["loader"]["step"]
         found, saved = self.probe(), state["probe_loss"]
         if abs(found - saved) > _PROBE_TOLERANCE[self.config.train.precision] * max(1.0, abs(saved)):
@@ -197,12 +196,9 @@ class Training:
                 f"had {saved:.4f} when it was saved; {self.config.run.dir} was begun with another precision or shape?"
             )
 
-    @torch.no_grad()
     def probe(self) -> float:
         """Cross-entropy of the drafter on the first sequence of the run, the same one on every rank."""
         batch = on_device(self.loader.first(), self.runtime.device)
-        self.engine.module.eval()
         loss_function = self.objective.cross_entropy(batch.labels, batch.mask)
-        loss = float(self.engine.module(batch.input_ids, batch.positions, loss_function))
-        self.engine.module.train()
-        return loss
+        with self.engine.module.evaluating():
+            return float(self.engine.module(batch.input_ids, batch.positions, loss_function))

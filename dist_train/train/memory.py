@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from dist_train.config import TrainConfig
+from dist_train.config import TargetSection, TrainConfig
 from dist_train.errors import UserError
+from dist_train.losses import needs_target
 from dist_train.losses.linear import chunk_rows
 from dist_train.runtime import Runtime, local_world_size
 from dist_train.target import DTYPES, read_target_config
@@ -61,33 +62,41 @@ def memory_estimate(
         # AdamW's two moments in fp32, and beside them an fp32 copy of the weights, save for fp32 without ZeRO.
         "optimizer": (12 if width == 2 or stage else 8) * drafter / shard["optimizer"],
     }
-    has_target = config.target is not None and set(config.objective) != {"ce"}
-    rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=not has_target), tokens)
+    target = config.target if needs_target(config.objective) else None
+    rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), tokens)
     step = {
         "activations": width * tokens * (shape.num_hidden_layers * kept + block),
         # Both heads' chunks, and the fp32 gradient of the drafter's head.
-        "logit chunks": 4 * shape.vocab_size * ((2 if has_target else 1) * rows + shape.hidden_size),
+        "logit chunks": 4 * shape.vocab_size * ((2 if target else 1) * rows + shape.hidden_size),
     }
-    if has_target:
-        assert config.target is not None
-        target = read_target_config(config.target)
-        size, whole = DTYPES[config.target.precision].itemsize, parameters(target)
-        holders = {"replicate": 1, "zero3": world_size, "tp": config.target.tp_size}[config.target.sharding]
-        mlp = getattr(target, "intermediate_size", 4 * target.hidden_size)
-        together = config.target.tp_size if config.target.sharding == "tp" else 1  # a group's sequences
-        offloaded = config.target.offload and on_gpu
-        estimate["target weights"] = 0 if offloaded else size * whole / holders
-        if holders > 1:
-            estimate["target head"] = size * target.vocab_size * target.hidden_size
-        if config.target.sharding == "zero3":
-            estimate["target layers gathered"] = 2 * size * whole / target.num_hidden_layers
-        step["target activations"] = size * together * tokens * (2 * target.hidden_size + 3 * mlp)  # a block at a time
+    if target is not None:
+        stays, comes = _target_bytes(target, tokens, world_size, on_gpu)
+        estimate |= stays
+        step |= comes
     copies = 4 * drafter * (4 if config.train.ema_decay else 3) / world_size
     estimate |= step
     estimate["copies for checkpoints"] = max(0.0, copies - sum(step.values()))
     if not on_gpu:
         estimate["the process itself"] = _PROCESS
     return {kind: amount / _GIB for kind, amount in estimate.items()}
+
+
+def _target_bytes(
+    section: TargetSection, tokens: int, world_size: int, on_gpu: bool
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of each kind: what stays on a rank, and what comes with a step over `tokens` tokens of each rank."""
+    target = read_target_config(section)
+    size, whole = DTYPES[section.precision].itemsize, parameters(target)
+    holders = {"replicate": 1, "zero3": world_size, "tp": section.tp_size}[section.sharding]
+    stays = {"target weights": 0 if section.offload and on_gpu else size * whole / holders}
+    if holders > 1:
+        stays["target head"] = size * target.vocab_size * target.hidden_size
+    if section.sharding == "zero3":
+        stays["target layers gathered"] = 2 * size * whole / target.num_hidden_layers
+    mlp = getattr(target, "intermediate_size", 4 * target.hidden_size)
+    together = section.tp_size if section.sharding == "tp" else 1  # a group's sequences
+    a_block = size * together * tokens * (2 * target.hidden_size + 3 * mlp)  # one is alive at a time
+    return stays, {"target activations": a_block}
 
 
 def check_fit(estimate: dict[str, float], available: float) -> None:

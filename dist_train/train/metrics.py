@@ -9,7 +9,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +27,6 @@ if TYPE_CHECKING:
 
 
 rank_log = logging.getLogger("dist_train.rank")
-
-
-class _NoProfiler:
-    def step(self) -> None:
-        """Nothing is traced."""
 
 
 class Metrics:
@@ -92,22 +87,20 @@ class Metrics:
         figures = {"perf/tokens_per_s": work.tokens / seconds}
         if work.peak_flops is not None:
             figures["perf/mfu"] = work.flops / seconds / work.peak_flops
-        names = {"data": "data_wait"}
-        figures |= {f"perf/{names.get(phase, phase)}": spent / seconds for phase, spent in phases.items()}
-        return figures
+        return figures | {f"perf/{phase}": spent / seconds for phase, spent in phases.items()}
 
     @contextmanager
-    def profiler(self, step: int) -> Iterator[Any]:
-        """Something whose `step()` is called after each step; traces a few of them where `log.profile` says so."""
+    def profiler(self, step: int) -> Iterator[Callable[[], None]]:
+        """What is to be called after each step; traces a few of them where `log.profile` says so."""
         if self._log.profile is None:
-            yield _NoProfiler()
+            yield lambda: None
             return
         from torch.profiler import profile, schedule, tensorboard_trace_handler
 
         handler = tensorboard_trace_handler(str(self._run / PROFILE), worker_name=f"rank-{self._rank:05d}-step-{step}")
         plan = schedule(wait=2, warmup=1, active=self._log.profile, repeat=1)
         with profile(schedule=plan, on_trace_ready=handler, record_shapes=True) as profiler:
-            yield profiler
+            yield profiler.step
 
     def flush(self) -> None:
         """Called at every checkpoint, so that curves and weights go together."""

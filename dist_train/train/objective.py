@@ -25,7 +25,6 @@ class Objective:
 
     def __init__(self, terms: dict[str, float], loss: LossSection, target: Target | None) -> None:
         self.terms, self.target = terms, target
-        self.needs_target = any(name != "ce" for name in terms)
         self.needs_batch_mu = "tvdpp" in terms and loss.tvdpp_normalize == "batch"
         self.batch_mu: float | None = None
         self._chunk_size = loss.chunk_size

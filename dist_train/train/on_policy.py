@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dist_train.config import OnPolicySection
+from dist_train.drafter import TrainableDrafter
 from dist_train.losses import Head
 from dist_train.train.batch import DeviceBatch
 from dist_train.units import unit_seed
@@ -27,8 +28,7 @@ class OnPolicy:
         """Whether step `step`, counted from 0, is one of those."""
         return step % self.section.every == 0
 
-    @torch.no_grad()
-    def rewrite(self, drafter: Any, batch: DeviceBatch, number: int) -> DeviceBatch:
+    def rewrite(self, drafter: TrainableDrafter, batch: DeviceBatch, number: int) -> DeviceBatch:
         """The micro-batch with the responses of a share of its sequences sampled anew; `number` decides which and how.
 
         Tokens go through the drafter one position at a time, all sequences together, with what it remembers of the
@@ -40,25 +40,24 @@ class OnPolicy:
         chosen = (torch.rand(len(ids), generator=random) < self.section.share).to(ids.device)
         documents = (batch.positions == 0).cumsum(1)
         decoder = drafter.model.get_decoder()
-        drafter.eval()
         memory = None
-        for t in range(ids.shape[1]):
-            visible = (documents[:, : t + 1] == documents[:, t : t + 1])[:, None, None]  # [B, 1, 1, t + 1]
-            states = decoder(
-                input_ids=ids[:, t : t + 1],
-                position_ids=batch.positions[:, t : t + 1],
-                attention_mask=visible,
-                past_key_values=memory,
-                use_cache=True,
-            )
-            memory = states.past_key_values
-            drawn = drafter.model.get_output_embeddings()(states.last_hidden_state[:, -1], self._sampler(random))
-            written = torch.where(chosen & batch.mask[:, t], drawn, labels[:, t])
-            labels[:, t] = written
-            if t + 1 < ids.shape[1]:
-                goes_on = documents[:, t + 1] == documents[:, t]
-                ids[:, t + 1] = torch.where(goes_on, written, ids[:, t + 1])
-        drafter.train()
+        with drafter.evaluating():
+            for t in range(ids.shape[1]):
+                visible = (documents[:, : t + 1] == documents[:, t : t + 1])[:, None, None]  # [B, 1, 1, t + 1]
+                states = decoder(
+                    input_ids=ids[:, t : t + 1],
+                    position_ids=batch.positions[:, t : t + 1],
+                    attention_mask=visible,
+                    past_key_values=memory,
+                    use_cache=True,
+                )
+                memory = states.past_key_values
+                drawn = drafter.model.get_output_embeddings()(states.last_hidden_state[:, -1], self._sampler(random))
+                written = torch.where(chosen & batch.mask[:, t], drawn, labels[:, t])
+                labels[:, t] = written
+                if t + 1 < ids.shape[1]:
+                    goes_on = documents[:, t + 1] == documents[:, t]
+                    ids[:, t + 1] = torch.where(goes_on, written, ids[:, t + 1])
         return batch._replace(input_ids=ids, labels=labels)
 
     def _sampler(self, random: torch.Generator) -> Any:

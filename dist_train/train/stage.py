@@ -10,22 +10,30 @@ from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.drafter import TrainableDrafter, drafter_config, find_model, load_drafter, new_drafter
 from dist_train.errors import UserError
+from dist_train.losses import needs_target
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
 from dist_train.target import Target, check_vocabulary, read_target_config
 from dist_train.tokenizer import Tokenizer, load_tokenizer
+from dist_train.train.checkpoint import Checkpoints
+from dist_train.train.engine import build_engine, deepspeed_config
+from dist_train.train.guard import LossGuard, StepControl, lost_peer
+from dist_train.train.held_out import HeldOut
+from dist_train.train.lease import Lease
+from dist_train.train.loop import Training
+from dist_train.train.metrics import Metrics, rank_log_file
+from dist_train.train.objective import Objective
+from dist_train.train.on_policy import OnPolicy
+from dist_train.train.state import DrafterState
+from dist_train.train.timing import Phases, throughput
 
 
 def check(config: TrainConfig) -> None:
     """Everything that can be known to be wrong before a process group starts. Raises UserError or DataError."""
-    from dist_train.train.engine import deepspeed_config
-
     tokenizer = load_tokenizer(config.tokenizer)
     for source in config.data.sources:
-        corpus = ShardedTokens(source.path)
-        if corpus.encoding.tokenizer != tokenizer.sha256:
-            raise UserError(f"{source.path}: not made with the tokenizer {config.tokenizer}; prepare it again")
-    if config.target is None and set(config.objective) != {"ce"}:
+        _check_corpus(source.path, tokenizer, config)
+    if config.target is None and needs_target(config.objective):
         raise UserError(f"objective {config.objective} compares with a target; set target.path, or use {{ce: 1.0}}")
     vocab_size = _vocab_size(config, tokenizer)
     if config.drafter.init_from is not None:
@@ -35,11 +43,9 @@ def check(config: TrainConfig) -> None:
         if found != vocab_size:
             raise UserError(f"{config.drafter.init_from}: a vocabulary of {found}, not the {vocab_size} of this run")
     if config.held_out is not None:
-        held_out = ShardedTokens(config.held_out.path)
-        if held_out.encoding.tokenizer != tokenizer.sha256:
-            raise UserError(f"{held_out.path}: not made with the tokenizer {config.tokenizer}; prepare it again")
+        _check_corpus(config.held_out.path, tokenizer, config)
         if config.held_out.path.resolve() in {source.path.resolve() for source in config.data.sources}:
-            raise UserError(f"held_out.path {held_out.path} is trained on; hold another corpus out")
+            raise UserError(f"held_out.path {config.held_out.path} is trained on; hold another corpus out")
     if config.on_policy.share and config.target is None:
         raise UserError("on_policy.share asks the target to score what the drafter writes; set target.path")
     deepspeed_config(config.train, world_size=1)
@@ -51,9 +57,6 @@ def check(config: TrainConfig) -> None:
 
 def run(config: TrainConfig) -> None:
     """Train; on every rank. Ends with a checkpoint of the last step, or of the step at which it was told to stop."""
-    from dist_train.train.guard import lost_peer
-    from dist_train.train.metrics import rank_log_file
-
     check(config)
     with started() as runtime, rank_log_file(config.run.dir, runtime.rank):
         try:
@@ -117,25 +120,13 @@ def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
         check_fit(estimate, available)
 
 
-def _build(config: TrainConfig, runtime: Runtime) -> Any:
+def _build(config: TrainConfig, runtime: Runtime) -> Training:
     """The parts of a run, each from its section of the configuration."""
-    from dist_train.train.checkpoint import Checkpoints
-    from dist_train.train.engine import build_engine
-    from dist_train.train.guard import LossGuard, StepControl
-    from dist_train.train.held_out import HeldOut
-    from dist_train.train.lease import Lease
-    from dist_train.train.loop import Training
-    from dist_train.train.metrics import Metrics
-    from dist_train.train.objective import Objective
-    from dist_train.train.on_policy import OnPolicy
-    from dist_train.train.state import DrafterState
-    from dist_train.train.timing import Phases, throughput
-
     lease = Lease(config.run.dir)
     runtime.agree(lease.take)
     tokenizer = load_tokenizer(config.tokenizer)
     # Cross-entropy alone takes nothing of the target but the size of its vocabulary.
-    target = Target(config.target, runtime) if config.target and set(config.objective) != {"ce"} else None
+    target = Target(config.target, runtime) if config.target and needs_target(config.objective) else None
     if config.drafter.init_from is not None:
         model = load_drafter(config.drafter.init_from)
     else:
@@ -145,7 +136,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
     )
     engine = build_engine(drafter, config.train, runtime)
     objective = Objective(config.objective, config.loss, target)
-    log = (config.run.dir, _name(config), config.train.steps, config.log)
+    work = throughput(config, model, target, runtime)
     return Training(
         config=config,
         runtime=runtime,
@@ -158,7 +149,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Any:
         held_out=HeldOut(config, runtime, objective) if config.held_out else None,
         guard=LossGuard(config.train.max_skipped, skip_spikes=config.train.skip_spikes),
         checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime, lease),
-        metrics=Metrics(*log, runtime, throughput(config, model, target, runtime)),
+        metrics=Metrics(config.run.dir, _name(config), config.train.steps, config.log, runtime, work),
         phases=Phases(runtime.device),
     )
 
@@ -195,6 +186,11 @@ def _vocab_size(config: TrainConfig, tokenizer: Tokenizer) -> int:
     return vocab_size
 
 
+def _check_corpus(path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
+    if ShardedTokens(path).encoding.tokenizer != tokenizer.sha256:
+        raise UserError(f"{path}: not made with the tokenizer {config.tokenizer}; prepare it again")
+
+
 def _check_writable(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,7 +200,7 @@ def _check_writable(folder: Path) -> None:
         raise UserError(f"{folder}: cannot be written; choose another run.dir")
 
 
-def _introduce(training: Any, resumed: bool) -> None:
+def _introduce(training: Training, resumed: bool) -> None:
     config, runtime = training.config, training.runtime
     model = training.engine.module.model
     print(
@@ -218,7 +214,7 @@ def _introduce(training: Any, resumed: bool) -> None:
     )
 
 
-def _conclude(training: Any, finished: bool) -> None:
+def _conclude(training: Training, finished: bool) -> None:
     config = training.config
     figures = read_metrics(config.run.dir)
     last = figures[-1] if figures else {}

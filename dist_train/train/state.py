@@ -26,6 +26,7 @@ class DrafterState:
         self._engine = engine
         self.parameters: dict[str, nn.Parameter] = dict(model.named_parameters())
         self.moments = (*MOMENTS, EMA) if has_ema else MOMENTS
+        self.keys = (WEIGHT, *self.moments)
         # bf16 without ZeRO: each parameter has an fp32 copy of its own.
         halves, masters = (
             [tensor for group in getattr(engine.optimizer, kind, []) if zero_stage(engine) == 0 for tensor in group]
