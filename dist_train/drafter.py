@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.run_folder import CHECKPOINTS, LATEST, MODEL, committed
+from dist_train.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -76,14 +77,38 @@ def new_drafter(config: LlamaConfig, seed: int) -> PreTrainedModel:
 
 
 def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The drafter in a run folder, a checkpoint or a Hugging Face folder. Raises UserError when there is none."""
+    """The drafter in a run folder, a checkpoint or a Hugging Face folder.
+
+    Raises UserError when there is none, and when a checkpoint's weights are damaged.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     folder = find_model(path)
+    if damaged := damaged_weights(folder):
+        raise UserError(f"{folder.parent}: is damaged: {'; '.join(damaged)}; restore it or name another checkpoint")
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit
         raise UserError(f"{folder}: no drafter can be loaded: {str(error).strip().splitlines()[0]}") from error
+
+
+def read_drafter_config(path: Path) -> Any:
+    """The Hugging Face configuration of a drafter that is there. Raises UserError when it cannot be read."""
+    from transformers import AutoConfig
+
+    folder = find_model(path)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: no drafter: {str(error).strip().splitlines()[0]}") from error
+
+
+def damaged_weights(folder: Path) -> list[str]:
+    """What is wrong with the weights in the Hugging Face folder of a checkpoint, one line each; elsewhere nothing."""
+    if not (folder.parent / MANIFEST).exists():
+        return []
+    return [line for line in verify(folder.parent) if line.startswith(f"{folder.name}/") or MANIFEST in line]
 
 
 def find_model(path: Path) -> Path:
@@ -92,8 +117,9 @@ def find_model(path: Path) -> Path:
     Raises UserError when it is none of them.
     """
     latest = path / CHECKPOINTS / LATEST
-    if latest.exists():
-        path = path / CHECKPOINTS / latest.read_text().strip()
+    named = path / CHECKPOINTS / latest.read_text().strip() if latest.exists() else None
+    if named is not None and named.is_dir():
+        path = named
     elif folders := committed(path / CHECKPOINTS):  # a lost `latest` loses nothing
         path = folders[-1]
     if (path / MODEL / "config.json").exists():
@@ -136,6 +162,13 @@ class TrainableDrafter(nn.Module):
         """What `loss(hidden [B, T, D], head)` returns; positions that begin anew keep documents apart."""
         states = self.model.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
         return self.model.get_output_embeddings()(states.last_hidden_state, loss)
+
+    def shape(self) -> dict[str, Any]:
+        """The configuration of the drafter, without what depends on where it is stored."""
+        stored = {"dtype", "torch_dtype", "architectures", "transformers_version", "_name_or_path"}
+        shape = {key: value for key, value in self.model.config.to_dict().items() if key not in stored}
+        found: dict[str, Any] = json.loads(json.dumps(shape, default=str))
+        return found
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -12,8 +12,8 @@ RUN/profile/            traces of torch's profiler, with log.profile
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 from data_shards.errors import DataError
 from data_shards.files import file_xxh64, read_json
@@ -29,13 +29,14 @@ MODEL = "model"  # in a checkpoint: the drafter as a Hugging Face folder
 
 
 def committed(folder: Path) -> list[Path]:
-    """The committed checkpoints in a run's checkpoint folder, oldest first."""
-    return sorted(path.parent for path in folder.glob(f"step-*/{MANIFEST}") if path.parent.suffix != ".tmp")
+    """The committed checkpoints in a run's checkpoint folder, oldest first; what else is there does not count."""
+    found = (path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
+    return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
 
 
-def list_checkpoints(run: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The committed checkpoints of a run with their manifests, oldest first. Raises DataError on a torn manifest."""
-    return [(folder, read_json(folder / MANIFEST)) for folder in committed(run / CHECKPOINTS)]
+def list_checkpoints(run: Path) -> list[Path]:
+    """The committed checkpoints of a run, oldest first, whole or not."""
+    return committed(run / CHECKPOINTS)
 
 
 def verify(folder: Path) -> list[str]:
@@ -61,7 +62,7 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     if not (run / METRICS).exists():
         return []
     figures = []
-    for line in (run / METRICS).read_text().splitlines():
+    for line in (run / METRICS).read_text(errors="replace").splitlines():
         try:
             figures.append(json.loads(line))
         except ValueError:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from data_shards.errors import DataError
 from dist_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ class Runtime:
         return box[0]
 
     def agree(self, action: Callable[[], Any]) -> Any:
-        """Run `action` on rank 0 alone and give all ranks its result, or its UserError.
+        """Run `action` on rank 0 alone and give all ranks its result, or its error, as a UserError.
 
         An error on one rank would otherwise leave the others waiting at their next collective.
         """
@@ -146,7 +147,7 @@ class Runtime:
         if self.is_first:
             try:
                 outcome = (action(), None)
-            except UserError as error:
+            except (UserError, DataError) as error:
                 outcome = (None, str(error))
         result, refusal = self.first(outcome)
         if refusal is not None:

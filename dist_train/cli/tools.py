@@ -139,13 +139,21 @@ def add_checkpoint(commands: argparse._SubParsersAction) -> None:
 
 
 def _list_checkpoints(options: argparse.Namespace) -> int:
-    from dist_train.run_folder import list_checkpoints, verify
+    from data_shards.errors import DataError
+    from data_shards.files import read_json
+    from dist_train.run_folder import MANIFEST, list_checkpoints, verify
 
     folders = list_checkpoints(options.run)
     if not folders:
         raise UserError(f"{options.run}: no checkpoint here")
     damaged = 0
-    for folder, manifest in folders:
+    for folder in folders:
+        try:
+            manifest = read_json(folder / MANIFEST)
+        except DataError as error:
+            damaged += 1
+            print(f"{folder.name}  {error}")
+            continue
         size = sum(record["bytes"] for record in manifest["files"].values())
         line = f"{folder.name}  {size / 2**20:.1f} MiB  written by {manifest['world_size']} ranks"
         misfits = verify(folder) if options.action == "verify" else []

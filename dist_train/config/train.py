@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -194,14 +195,23 @@ class TrainConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()
 
+    @model_validator(mode="after")
+    def _windows_fit(self) -> TrainConfig:
+        longest = max(self.held_out.gammas) if self.held_out else 0
+        if longest >= self.data.sequence_length:
+            raise ValueError(
+                f"held_out.gammas: {longest} is no window of data.sequence_length {self.data.sequence_length}"
+            )
+        return self
+
     @field_validator("objective")
     @classmethod
     def _known_losses(cls, objective: dict[str, float]) -> dict[str, float]:
         for name, weight in objective.items():
             if name not in LOSS_NAMES:
                 raise ValueError(f"no loss {name!r}{suggest(name, LOSS_NAMES)}")
-            if weight <= 0:
-                raise ValueError(f"the weight of {name} is {weight}, it must be above 0")
+            if not 0 < weight < math.inf:
+                raise ValueError(f"the weight of {name} is {weight}, it must be a number above 0")
         if not objective:
             raise ValueError("no loss is named")
         return objective

@@ -101,7 +101,7 @@ def _look_at_run(folder: Path) -> str:
     from dist_train.run_folder import list_checkpoints
 
     kept = list_checkpoints(folder)
-    return f"{folder}: " + (f"goes on from {kept[-1][0].name}" if kept else "begins anew")
+    return f"{folder}: " + (f"goes on from {kept[-1].name}" if kept else "begins anew")
 
 
 # -- SLURM ------------------------------------------------------------------------------------------------------

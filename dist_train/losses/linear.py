@@ -70,6 +70,14 @@ def linear_divergence(
                 f"the drafter's head has {len(drafter.weight)} rows, the target's {len(target.weight)}; "
                 "vocab_size= leaves padding out"
             )
+    positions = drafter_hidden.shape[:-1].numel()
+    for argument, found in (
+        ("mask", None if mask is None else mask.numel()),
+        ("labels", None if labels is None else labels.numel()),
+        ("target_hidden", None if target_hidden is None else target_hidden.shape[:-1].numel()),
+    ):
+        if found not in (None, positions):
+            raise ValueError(f"{argument} has {found} positions, drafter_hidden {positions}")
     keep = None if mask is None else mask.reshape(-1).nonzero()[:, 0]
     hidden = _rows(drafter_hidden, keep)
     batch_mode = settings.normalize == "batch" and settings.batch_mu is None and "tvdpp" in terms

@@ -38,13 +38,25 @@ class Options:
     z_loss: float = 0.0
     vocab_size: int | None = None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that no loss knows."""
+        if self.normalize not in ("batch", "position"):
+            raise ValueError(f"normalize {self.normalize!r}; there are batch and position")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"beta {self.beta}: a weight between 0 and 1")
+        for name in ("clamp", "drafter_temperature", "target_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)}: above 0")
+
 
 Term = Callable[[Distributions, Options], tuple[Tensor, Tensor]]
 
 
 def parse(name: str | Mapping[str, float]) -> dict[str, float]:
-    """Loss names and weights. Raises ValueError for a name that is none."""
+    """Loss names and weights. Raises ValueError for a name that is none, and where none is named."""
     terms = {name: 1.0} if isinstance(name, str) else dict(name)
+    if not terms:
+        raise ValueError("no loss is named")
     for term in terms:
         if term not in NAMES:
             raise ValueError(f"no loss {term!r}; there are {', '.join(NAMES)}")

@@ -51,6 +51,7 @@ def check_vocabulary(section: TargetSection, vocab_size: int, of_what: str) -> N
 
 def load_causal_lm(section: TargetSection, **how: Any) -> Any:
     """The whole model, frozen, on the CPU; `how` goes to from_pretrained. Raises UserError when it cannot be loaded."""
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -61,8 +62,12 @@ def load_causal_lm(section: TargetSection, **how: Any) -> Any:
             dtype=DTYPES[section.precision],
             **how,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{section.path}: the target cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except RuntimeError as error:
+        if "mismatch" not in str(error):  # of shapes; else of a collective, or of memory
+            raise
+        raise UserError(f"{section.path}: its weights are not those that its config.json describes") from error
     return model.eval().requires_grad_(False)
 
 

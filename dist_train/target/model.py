@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from dist_train.runtime import Runtime
 
 
+_PROBED = 64  # logits by which a target is known again
+
+
 class Target:
     """The frozen target beside the drafter: `target(input_ids, positions)` gives hidden states [B, T, D].
 
@@ -57,8 +60,21 @@ class Target:
                 json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
             ).hexdigest(),
             "head": _digest(self.head.weight),
+            "probe": expected[0, -1, :: -(-self.config.vocab_size // _PROBED)].tolist(),
         }
+        self._tolerance = 1e-3 if section.precision == "fp32" else 0.1
         self._check_head(expected, section)
+
+    def is_same(self, identity: dict[str, Any]) -> bool:
+        """Whether a stored `identity` is of this target: all equal, and its logits of the probe, which every weight has
+        a part in, as near as another sharding would leave them.
+        """
+        mine = {key: value for key, value in self.identity.items() if key != "probe"}
+        stored = {key: value for key, value in identity.items() if key != "probe"}
+        return mine == stored and self._are_near(torch.tensor(self.identity["probe"]), torch.tensor(identity["probe"]))
+
+    def _are_near(self, found: Tensor, expected: Tensor) -> bool:
+        return bool((found - expected).abs().max() <= self._tolerance * expected.abs().max().clamp_min(1))
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
@@ -92,8 +108,7 @@ class Target:
         """A family may do more to its logits than `Head` knows; then every divergence would be wrong."""
         positions = torch.arange(16, device=self._device)[None]
         found = self.head.logits(self(self._probe(), positions))
-        tolerance = 1e-3 if section.precision == "fp32" else 0.1
-        if (found - expected).abs().max() > tolerance * expected.abs().max().clamp_min(1):
+        if not self._are_near(found, expected):
             raise UserError(f"{section.path}: logits of {self.config.model_type} are more than a head; not supported")
 
 

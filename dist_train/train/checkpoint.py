@@ -73,7 +73,7 @@ class Checkpoints:
         self.commit()
         final = self.folder / f"step-{step:08d}"
         temporary = final.with_name(f"{final.name}.tmp")
-        self.runtime.agree(lambda: _fresh_folders(temporary, _folders(drafter).values()))
+        self.runtime.agree(lambda: self._begin(temporary, _folders(drafter).values()))
         parts = share_out(drafter, self.runtime.world_size)
         files = self._snapshot(temporary, drafter, parts)
         describe = partial(_describe, temporary, model, drafter, parts)
@@ -116,12 +116,24 @@ class Checkpoints:
     def load(self, drafter: DrafterState) -> dict[str, Any] | None:
         """Restore the newest whole checkpoint and return its manifest; None when there is none.
 
-        Raises UserError when it is of another drafter.
+        Damaged ones after it are set aside, so that they count neither as newest nor as kept. Raises UserError when it
+        is of another drafter.
         """
-        found: tuple[Path, dict[str, Any]] | None = self.runtime.agree(self._newest_whole)
+        found = self.newest_whole()
         if found is None:
             return None
         folder, manifest = found
+        self.runtime.agree(lambda: self._set_aside_after(folder))
+        self.restore(folder, manifest, drafter)
+        return manifest
+
+    def newest_whole(self) -> tuple[Path, dict[str, Any]] | None:
+        """Folder and manifest of the newest whole checkpoint; None when there is none. Nothing is changed."""
+        found: tuple[Path, dict[str, Any]] | None = self.runtime.agree(self._newest_whole)
+        return found
+
+    def restore(self, folder: Path, manifest: dict[str, Any], drafter: DrafterState) -> None:
+        """Set the drafter's state to what a checkpoint holds. Raises UserError when it is of another drafter."""
         read = set()
         for name, key, tensor in _stored(folder, manifest):
             wanted = drafter.parameters.get(name)
@@ -139,7 +151,6 @@ class Checkpoints:
                 drafter.set(name, EMA, drafter.get(name, WEIGHT))
         drafter.updates = manifest["updates"]
         self._restore_random_state(folder)
-        return manifest
 
     # -- writing ------------------------------------------------------------------------------------------------
 
@@ -171,6 +182,20 @@ class Checkpoints:
                 os.fsync(file.fileno())
             records[str(path.relative_to(folder))] = {"bytes": path.stat().st_size, "xxh64": file_xxh64(path)}
         return records
+
+    def _begin(self, temporary: Path, below: Iterable[str]) -> None:
+        """Make room for a new checkpoint, unless it is another process by now that writes here."""
+        self.lease.check()
+        _fresh_folders(temporary, below)
+
+    def _set_aside_after(self, folder: Path) -> None:
+        """Rename the damaged checkpoints after `folder`, which the run goes on from."""
+        self.lease.check()
+        for later in committed(self.folder):
+            if later > folder:
+                aside = later.with_name(f"{later.name}.damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                later.replace(aside)
 
     def _commit(self, pending: _Pending, manifest: dict[str, Any]) -> None:
         self.lease.check()

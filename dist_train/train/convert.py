@@ -36,11 +36,13 @@ def convert(config: PretrainConfig, run: Path, out: Path, deepspeed: str) -> Non
     model, without what wraps it here.
     """
     with started() as runtime:
-        model = load_drafter(run)
-        engine = build_engine(model, _as_trained(config, deepspeed, runtime.world_size), runtime)
         checkpoints = Checkpoints(run, config.checkpoint, runtime, Lease(run))  # never taken: the run is only read
-        manifest = checkpoints.load(DrafterState(engine, model))
-        assert manifest is not None
+        found = checkpoints.newest_whole()
+        assert found is not None
+        folder, manifest = found
+        model = load_drafter(folder)
+        engine = build_engine(model, _as_trained(config, deepspeed, runtime.world_size), runtime)
+        checkpoints.restore(folder, manifest, DrafterState(engine, model))
         step = engine.global_steps = manifest["step"]
         # Without its entry DeepSpeed's own converter to the universal form refuses what ZeRO 1 and 2 have saved.
         state = {"step": step, "universal_checkpoint_info": {}}

@@ -34,7 +34,10 @@ def build_engine(drafter: nn.Module, train: TrainSection, runtime: Runtime) -> A
 
 
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
-    """The DeepSpeed JSON that `train.deepspeed` names, its `"auto"` values filled in from the run."""
+    """The DeepSpeed JSON that `train.deepspeed` names, with what the run decides filled in.
+
+    Raises UserError where it says something else than the run: the loop counts on its own batch sizes and optimizer.
+    """
     accumulation, rest = divmod(train.global_batch, train.micro_batch * world_size)
     if rest or not accumulation:
         raise UserError(
@@ -44,31 +47,35 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     is_path = train.deepspeed.endswith(".json")
     path = Path(train.deepspeed) if is_path else resource("ds_configs", f"{train.deepspeed}.json")
     try:
-        configuration: dict[str, Any] = json.loads(path.read_text())
+        configuration = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a DeepSpeed configuration: {error}") from error
-    return _fill(
-        configuration,
-        {
-            "train_micro_batch_size_per_gpu": train.micro_batch,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": train.gradient_clip,
-            "enabled": train.precision == "bf16",
-        },
-    )
+    zero = configuration.get("zero_optimization", {}) if isinstance(configuration, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage", 0) not in range(4):
+        raise UserError(f"{path}: not a DeepSpeed configuration: it has keys, and a zero_optimization.stage of 0 to 3")
+    for key in {"optimizer", "scheduler", "train_batch_size", "fp16"} & configuration.keys():
+        raise UserError(f"{path}: {key} is the train section's to say; remove it")
+    decided = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": train.gradient_clip,
+    }
+    _decide(configuration, decided, path)
+    _decide(configuration.setdefault("bf16", {}), {"enabled": train.precision == "bf16"}, path)
+    return dict(configuration)
+
+
+def _decide(node: dict[str, Any], decided: dict[str, Any], path: Path) -> None:
+    """Put in what is decided. Raises UserError where another value stands there already."""
+    for key, value in decided.items():
+        if node.get(key, "auto") not in ("auto", value):
+            raise UserError(f'{path}: {key} is {node[key]}, the train section says {value}; write "auto"')
+        node[key] = value
 
 
 def zero_stage(engine: Any) -> int:
     """0 to 3."""
     return int(engine.zero_optimization_stage())
-
-
-def _fill(node: Any, values: dict[str, Any]) -> Any:
-    if not isinstance(node, dict):
-        return node
-    return {
-        key: values[key] if value == "auto" and key in values else _fill(value, values) for key, value in node.items()
-    }
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -174,12 +174,17 @@ class LossGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """What the next judgement depends on."""
-        return {"losses": list(self._losses), "skipped_on_end": self._skipped_on_end, "skipped": self.skipped}
+        return {
+            "losses": list(self._losses),
+            "skipped_on_end": self._skipped_on_end,
+            "skipped": self.skipped,
+            "spikes": self.spikes,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self._losses = deque(state["losses"], maxlen=_WINDOW)
-        self._skipped_on_end, self.skipped = state["skipped_on_end"], state["skipped"]
+        self._skipped_on_end, self.skipped, self.spikes = state["skipped_on_end"], state["skipped"], state["spikes"]
 
 
 def lost_peer(error: RuntimeError) -> bool:

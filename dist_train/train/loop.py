@@ -111,6 +111,7 @@ class Training:
 
         self.guard.count(applied=self.control.applied, loss=loss_sum, step=self.step + 1, samples=self._samples())
         figures = {"train/loss": loss_sum, "train/lr": rate, "train/skipped": self.guard.skipped}
+        figures["train/spikes"] = self.guard.spikes
         norm = engine.get_global_grad_norm()
         if norm is not None:
             figures["train/grad_norm"] = float(norm)
@@ -174,13 +175,21 @@ class Training:
             "objective": self.objective.state_dict(),
             "guard": self.guard.state_dict(),
             "target": self.objective.target.identity if self.objective.target else None,
+            "drafter": self.engine.module.shape(),
             "probe_loss": self.probe(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state. Raises UserError when data or target are not those of the save."""
+        """Go on from a saved state. Raises UserError when drafter, data or target are not those of the save."""
+        shape = self.engine.module.shape()
+        for key, saved_value in state["drafter"].items():
+            if shape.get(key) != saved_value:
+                raise UserError(
+                    f"{self.config.run.dir}: the drafter's {key} is {shape.get(key)}, it was {saved_value} when it was "
+                    "saved; restore drafter.*, or start a new run with drafter.init_from"
+                )
         target = self.objective.target
-        if target and state["target"] and target.identity != state["target"]:
+        if target and state["target"] and not target.is_same(state["target"]):
             raise UserError(
                 f"the target {target.identity['path']} is not the one this run was begun with "
                 f"({state['target']['path']}, or its weights or configuration changed); restore it or start a new run"

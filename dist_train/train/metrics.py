@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,8 @@ class Metrics:
                 yield
             finally:
                 if self._writer is not None:
-                    self._writer.close()
+                    with suppress(OSError):  # a full disk, which the lines tell
+                        self._writer.close()
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures (`group/name`) of step `step`, counted from 1."""
@@ -137,7 +138,7 @@ def rank_log_file(run: Path, rank: int) -> Iterator[None]:
     """RUN/logs/rank-N.log for the length of a `with` block: what this rank did, warnings, how it ended."""
     folder = run / LOGS
     folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank-{rank:05d}.log")
+    handler = _QuietHandler(folder / f"rank-{rank:05d}.log")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     rank_log.setLevel(logging.INFO)
     rank_log.propagate = False
@@ -155,4 +156,12 @@ def rank_log_file(run: Path, rank: int) -> Iterator[None]:
         logging.captureWarnings(False)
         for logger in loggers:
             logger.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):
+            handler.close()
+
+
+class _QuietHandler(logging.FileHandler):
+    """A log that cannot be written must not hide why a run ends."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, logging's own name
+        """Nothing: what is missing in the log is not worth a run."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
-from dist_train.drafter import TrainableDrafter, drafter_config, find_model, load_drafter, new_drafter
+from dist_train.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.losses import needs_target
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
@@ -37,17 +40,22 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"objective {config.objective} compares with a target; set target.path, or use {{ce: 1.0}}")
     vocab_size = _vocab_size(config, tokenizer)
     if config.drafter.init_from is not None:
-        from transformers import AutoConfig
-
-        found = AutoConfig.from_pretrained(find_model(config.drafter.init_from)).vocab_size
+        found = read_drafter_config(config.drafter.init_from).vocab_size
         if found != vocab_size:
             raise UserError(f"{config.drafter.init_from}: a vocabulary of {found}, not the {vocab_size} of this run")
+    else:
+        _shape(config, tokenizer)
     if config.held_out is not None:
         _check_corpus(config.held_out.path, tokenizer, config)
         if config.held_out.path.resolve() in {source.path.resolve() for source in config.data.sources}:
             raise UserError(f"held_out.path {config.held_out.path} is trained on; hold another corpus out")
-    if config.on_policy.share and config.target is None:
-        raise UserError("on_policy.share asks the target to score what the drafter writes; set target.path")
+        if config.held_out.sequences % config.train.micro_batch:
+            raise UserError(
+                f"held_out.sequences {config.held_out.sequences} is not a multiple of train.micro_batch "
+                f"{config.train.micro_batch}; change one of them"
+            )
+    if config.on_policy.share and not needs_target(config.objective):
+        raise UserError("on_policy.share asks the target to score what the drafter writes; name a loss besides ce")
     deepspeed_config(config.train, world_size=1)
     _loader(config, rank=0, world_size=1)
     if config.run.resume == "must" and not list_checkpoints(config.run.dir):
@@ -58,7 +66,7 @@ def check(config: TrainConfig) -> None:
 def run(config: TrainConfig) -> None:
     """Train; on every rank. Ends with a checkpoint of the last step, or of the step at which it was told to stop."""
     check(config)
-    with started() as runtime, rank_log_file(config.run.dir, runtime.rank):
+    with started() as runtime, writing_to(config.run.dir), rank_log_file(config.run.dir, runtime.rank):
         try:
             _train(config, runtime)
         except RuntimeError as error:
@@ -68,6 +76,20 @@ def run(config: TrainConfig) -> None:
                 f"rank {runtime.rank}: another rank is gone (killed, out of memory, or a lost node; see "
                 f"{config.run.dir / LOGS}); the same command goes on from the newest checkpoint"
             ) from error
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """A full disk, wherever in the run folder it shows, ends a run with one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+            raise
+        raise UserError(
+            f"{folder}: cannot be written: {error.strerror}; free space, the same command goes on from the newest "
+            "checkpoint"
+        ) from error
 
 
 def _train(config: TrainConfig, runtime: Runtime) -> None:
@@ -96,12 +118,10 @@ def memory_report(config: TrainConfig, world_size: int) -> str:
 
 def estimate_memory(config: TrainConfig, world_size: int) -> dict[str, float]:
     """GiB a rank of each kind. Raises UserError where the drafter's or the target's sizes cannot be told here."""
-    from transformers import AutoConfig
-
     from dist_train.train.memory import memory_estimate
 
     warm = config.drafter.init_from
-    shape = AutoConfig.from_pretrained(find_model(warm)) if warm else _shape(config, load_tokenizer(config.tokenizer))
+    shape = read_drafter_config(warm) if warm else _shape(config, load_tokenizer(config.tokenizer))
     return memory_estimate(config, shape, world_size)
 
 
