@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dist_train.errors import UserError
 from dist_train.progress import Progress
 from dist_train.tokenizer import Tokenizer, load_tokenizer
 from dist_train.tokenizer.wordwise import Array
+from dist_train.units import refuse_partial
 
 _FAULTS_SHOWN = 20
 
@@ -27,7 +29,10 @@ def check(config: PrepareConfig) -> None:
     if config.verify:
         ShardedTokens(config.out)
     else:
-        find_files(_inputs(config))
+        inputs = _inputs(config)
+        find_files(inputs)
+        for entry in [inputs] if isinstance(inputs, str) else inputs:
+            refuse_partial(Path(entry))
     if config.tokenizer:
         load_tokenizer(config.tokenizer)
 
