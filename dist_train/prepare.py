@@ -29,10 +29,7 @@ def check(config: PrepareConfig) -> None:
     if config.verify:
         ShardedTokens(config.out)
     else:
-        inputs = _inputs(config)
-        find_files(inputs)
-        for entry in [inputs] if isinstance(inputs, str) else inputs:
-            refuse_partial(Path(entry))
+        find_files(_inputs(config))
     if config.tokenizer:
         load_tokenizer(config.tokenizer)
 
@@ -43,7 +40,11 @@ def run(config: PrepareConfig) -> None:
 
 
 def _inputs(config: PrepareConfig) -> str | list[str]:
-    return dataset_files(**config.dataset.model_dump()) if config.dataset else config.inputs
+    if config.dataset:
+        return dataset_files(**config.dataset.model_dump())
+    for entry in [config.inputs] if isinstance(config.inputs, str) else config.inputs:
+        refuse_partial(Path(entry))
+    return config.inputs
 
 
 def _verify(config: PrepareConfig, comm: Any) -> None:
