@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from data_shards.errors import DataError
 from data_shards.faults import STRICT, Faults
+from data_shards.files import TEMPORARY
 
 UNIT_BYTES = 64 << 20
 _BLOCK = 4 << 20  # read at once from compressed files
@@ -171,7 +172,9 @@ def fraction(unit: Unit, where: int) -> float:
 def _find_local(entry: str) -> list[InputFile]:
     path = Path(entry)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and file.name[0] not in "._")
+        # A name with a dot or an underscore is no data, nor is what a killed writer left.
+        files = (file for file in path.rglob("*") if file.name[0] not in "._" and file.suffix != TEMPORARY)
+        found = sorted(file for file in files if file.is_file())
     else:
         found = sorted(Path(match) for match in glob.glob(entry, recursive=True))  # noqa: PTH207 - absolute globs
     return [InputFile(str(file), file.stat().st_size) for file in found]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from dist_train.errors import UserError
 from dist_train.progress import Progress
 from dist_train.tokenizer import Tokenizer, load_tokenizer
 from dist_train.tokenizer.wordwise import Array
+from dist_train.units import refuse_partial
 
 _FAULTS_SHOWN = 20
 
@@ -38,7 +40,11 @@ def run(config: PrepareConfig) -> None:
 
 
 def _inputs(config: PrepareConfig) -> str | list[str]:
-    return dataset_files(**config.dataset.model_dump()) if config.dataset else config.inputs
+    if config.dataset:
+        return dataset_files(**config.dataset.model_dump())
+    for entry in [config.inputs] if isinstance(config.inputs, str) else config.inputs:
+        refuse_partial(Path(entry))
+    return config.inputs
 
 
 def _verify(config: PrepareConfig, comm: Any) -> None:

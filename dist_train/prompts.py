@@ -1,38 +1,44 @@
-"""Seed instructions and evaluation prompts: read, cleaned of duplicates, rendered as chats."""
+"""Seed instructions and evaluation prompts: read, cleaned of duplicates, divided, rendered as chats."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
-from data_shards.inputs import find_files, plan_units, read_records
+from data_shards.inputs import Record, find_files, plan_units, read_records
 from dist_train.config import SeedsSection
 from dist_train.errors import UserError
+from dist_train.formats import Conversation, conversations
 from dist_train.tokenizer import Message, Tokenizer
 
-ROLES = ("system", "user", "assistant")
+_SPLIT_KEY = b"dist-train held-out prompts"  # fixed for ever: another key would move prompts across
 
 
-def read_seeds(section: SeedsSection) -> list[list[Message]]:
+def read_seeds(
+    section: SeedsSection, tokenizer: Tokenizer | None = None, *, but: set[str] | None = None
+) -> list[list[Message]]:
     """The conversations of a source in file order, each up to where the answer begins; repeated ones once.
 
-    The prompt field holds a text or a list of `{"role", "content"}` messages. Raises UserError when it is missing, and
-    when nothing is left.
+    Two that differ only in white space are the same. `tokenizer` is needed where the section limits tokens. `but`: what
+    other sources had, which is left out here; this source's are added. Raises UserError when the prompt field is
+    missing, and when nothing is left.
     """
+    seen: set[str] = set() if but is None else but
+    found = list(islice(_wanted(section, tokenizer, seen), section.limit))
+    if not found and but is None:
+        raise UserError(f"{section.source}: no prompts in it{_because(section)}")
+    return found
+
+
+def read_all_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer) -> list[list[Message]]:
+    """The conversations of several sources, one source after another. Raises UserError when nothing is left."""
     seen: set[str] = set()
-    found: list[list[Message]] = []
-    for unit in plan_units(find_files(section.inputs)):
-        for record in read_records(unit):
-            messages = _messages(record, section.prompt_field, unit.path)
-            key = json.dumps(messages)
-            if messages and key not in seen:
-                seen.add(key)
-                found.append(messages)
-            if len(found) == section.limit:
-                return found
+    found = [messages for section in sections for messages in read_seeds(section, tokenizer, but=seen)]
     if not found:
-        raise UserError(f"{section.inputs}: no prompts in it")
+        raise UserError(f"{sections[0].source}: no prompts in it{_because(sections[0])}")
     return found
 
 
@@ -41,15 +47,75 @@ def encode_seeds(seeds: Sequence[Sequence[Message]], tokenizer: Tokenizer) -> li
     return [tokenizer.encode_prompt(messages) for messages in seeds]
 
 
-def _messages(record: dict[str, Any], field: str, path: str) -> list[Message]:
-    value = record.get(field)
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}] if value.strip() else []
-    if isinstance(value, list) and all(isinstance(m, dict) and m.get("role") in ROLES for m in value):
-        messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in value]
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()  # the answer is what is wanted
-        return messages
-    raise UserError(
-        f"{path}: a record has no prompt in {field!r} (a text or chat messages); its fields are {', '.join(record)}"
-    )
+def is_held_out(text: str, share: float) -> bool:
+    """Whether a prompt, by its conversation's first user message, is among the held-out `share` of all.
+
+    Decided by a keyed hash of the text without regard to white space, and by nothing else: no order, no source and no
+    other prompt changes it.
+    """
+    digest = hashlib.blake2b(_normalised(text).encode(errors="replace"), key=_SPLIT_KEY, digest_size=8).digest()
+    return int.from_bytes(digest, "little") < share * 2**64
+
+
+def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str]) -> Iterator[list[Message]]:
+    limits_tokens = section.min_tokens > 0 or section.max_tokens is not None
+    if limits_tokens and tokenizer is None:
+        raise UserError(f"{section.source}: min_tokens and max_tokens have no effect here; leave them out")
+    for messages in conversations(_records(section), section):
+        key = _key(messages)
+        if not messages or key in seen or not _on_side(messages, section):
+            continue
+        seen.add(key)
+        if limits_tokens and tokenizer is not None:
+            count = len(tokenizer.encode_prompt(messages))
+            if not section.min_tokens <= count <= (section.max_tokens or count):
+                continue
+        yield messages
+
+
+def _on_side(messages: Conversation, section: SeedsSection) -> bool:
+    if section.split == "all":
+        return True
+    first = next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
+    return is_held_out(first, section.held_out) == (section.split == "held_out")
+
+
+def _key(messages: Conversation) -> str:
+    return json.dumps([(message["role"], _normalised(message["content"])) for message in messages])
+
+
+def _normalised(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _because(section: SeedsSection) -> str:
+    kept = {name: getattr(section, name) for name in ("where", "split", "min_tokens", "max_tokens")}
+    told = [f"{name}={value}" for name, value in kept.items() if value not in ({}, "all", 0, None)]
+    return f" with {', '.join(told)}" if told else ""
+
+
+def _records(section: SeedsSection) -> Iterator[Record]:
+    records: Iterable[Record]
+    if section.dataset:
+        records = _load_dataset(section)
+    else:
+        records = (record for unit in plan_units(find_files(section.inputs)) for record in read_records(unit))
+    for record in records:
+        for field in section.where:
+            if field not in record:
+                raise UserError(f"{section.source}: where: a record has no {field!r}; it has {', '.join(record)}")
+        if all(record[field] == value for field, value in section.where.items()):
+            yield record
+
+
+def _load_dataset(section: SeedsSection) -> Any:
+    """Through the cache of `datasets`: fetched once, by whoever is first, and there for nodes without network."""
+    import datasets
+
+    assert section.dataset is not None
+    wanted = section.dataset
+    datasets.disable_progress_bars()
+    try:
+        return datasets.load_dataset(wanted.path, wanted.name, split=wanted.split, revision=wanted.revision)
+    except Exception as error:  # datasets raises what its many sources raise
+        raise UserError(f"dataset {wanted.path}: {str(error).strip().splitlines()[0]}") from error

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from data_shards.files import read_json, write_json
+from dist_train.claims import PREFIX, Claims
 from dist_train.errors import UserError
 from dist_train.runtime import Runtime
 
 PLAN = "_plan.json"  # readers of a folder of answers pass over names that begin with an underscore
+COMPLETE = "_complete.json"
+_SECONDS_BETWEEN_LOOKS = 0.5
 
 
 class Units:
@@ -29,24 +38,114 @@ class Units:
         """Where the outcome of a unit is."""
         return self.folder / f"unit-{unit:06d}{self.suffix}"
 
-    def mine(self) -> Iterator[int]:
-        """This rank's units that are not done yet."""
-        for unit in range(self.runtime.rank, self.count, self.runtime.world_size):
-            if not self.path(unit).exists():
-                yield unit
+    def missing(self) -> list[int]:
+        """The units that are not done, found by listing the folder once."""
+        return self._look()[0]
 
-    def run(self, make: Callable[[int, Path], None], progress: Callable[[int], None] | None = None) -> None:
-        """Call `make(unit, path)` for each of this rank's units, then wait for the other ranks. Collective.
+    def run(
+        self, make: Callable[[int, Path], None], progress: Callable[[int], None] | None = None, workers: int = 1
+    ) -> None:
+        """Have `make(unit, path)` called for every missing unit, by whichever rank is free; return when all are done.
 
-        `progress` gets the number of this rank's finished units, those found finished included.
+        A rank takes the next unit that nobody has, so that a slow one does not hold the rest; ranks of other jobs that
+        work on the same folder share it too, and units of ranks that died are made again. Collective. `workers`:
+        threads that call `make`. `progress` gets the number of finished units, of all ranks.
         """
-        share = len(range(self.runtime.rank, self.count, self.runtime.world_size))
-        missing = list(self.mine())
-        for done, unit in enumerate(missing, start=share - len(missing)):
-            make(unit, self.path(unit))
-            if progress:
-                progress(done + 1)
+        with Claims(self.folder) as claims:
+            queue = _Queue(self, claims)
+            with ThreadPoolExecutor(workers) as threads:
+                for work in [threads.submit(self._work, queue, make, progress) for _ in range(workers)]:
+                    work.result()
         self.runtime.barrier()
+
+    def conclude(self, facts: dict[str, Any]) -> None:
+        """Mark the folder as whole, with what is to be known of it; the last thing that is written."""
+        write_json(self.folder / COMPLETE, {"units": self.count, **facts})
+
+    def _work(
+        self, queue: _Queue, make: Callable[[int, Path], None], progress: Callable[[int], None] | None = None
+    ) -> None:
+        try:
+            while (unit := queue.take()) is not None:
+                make(unit, self.path(unit))
+                done = queue.finish(unit)
+                if progress:
+                    progress(done)
+        finally:
+            queue.close()  # no more for anybody: all is done, or this thread ends with an error
+
+    def _look(self) -> tuple[list[int], set[int]]:
+        """The missing units, and those that somebody has claimed."""
+        done, claimed = set(), set()
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("unit-") and entry.name.endswith(self.suffix):
+                    done.add(entry.name[len("unit-") : -len(self.suffix)])
+                elif entry.name.startswith(PREFIX):
+                    claimed.add(entry.name[len(PREFIX) :])
+        missing = [unit for unit in range(self.count) if f"{unit:06d}" not in done]
+        return missing, {unit for unit in missing if f"{unit:06d}" in claimed}
+
+
+class _Queue:
+    """What a process may still take, for its threads."""
+
+    def __init__(self, units: Units, claims: Claims) -> None:
+        self._units, self._claims = units, claims
+        self._lock = threading.Lock()
+        self._free: deque[int] = deque()
+        self._looked = self._closed = False
+        self._done = 0
+
+    def take(self) -> int | None:
+        """A unit that nobody else has, now claimed; None when all are done. Waits while the last are with others."""
+        while not self._closed:
+            with self._lock:
+                while self._free:
+                    unit = self._free.popleft()
+                    if self._claims.take(unit):
+                        if not self._units.path(unit).exists():
+                            return unit
+                        self._claims.release(unit)
+                    self._free.clear()  # somebody else is at work from here on: look again, and begin elsewhere
+                missing, claimed = self._units._look()
+                self._done = self._units.count - len(missing)
+                if not missing:
+                    return None
+                free = [unit for unit in missing if unit not in claimed]
+                self._free.extend(self._rotated(free))
+                for unit in claimed if not free else ():
+                    self._claims.take_over(unit)
+            if not free:
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        return None
+
+    def finish(self, unit: int) -> int:
+        """Let go of a unit whose file is there; how many are done."""
+        self._claims.release(unit)
+        with self._lock:
+            self._done = min(self._done + 1, self._units.count)
+            return self._done
+
+    def close(self) -> None:
+        """Hand out nothing more."""
+        self._closed = True
+
+    def _rotated(self, free: list[int]) -> list[int]:
+        """Begin apart: ranks each at their share, at a later look anywhere, so that jobs that met do not meet again."""
+        runtime = self._units.runtime
+        first = random.randrange(max(1, len(free))) if self._looked else runtime.rank * len(free) // runtime.world_size
+        self._looked = True
+        return free[first:] + free[:first]
+
+
+def refuse_partial(folder: Path) -> None:
+    """Raise UserError when `folder` holds units of a run that has not ended."""
+    if (folder / PLAN).exists() and not (folder / COMPLETE).exists():
+        raise UserError(
+            f"{folder}: its answers are not all there yet; start generate again to go on, or name the files "
+            f"('{folder}/unit-*.parquet') to take what there is"
+        )
 
 
 def unit_seed(seed: int, *what: object) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 Precision = Literal["bf16", "fp32"]
 
@@ -43,12 +43,52 @@ class TargetSection(Section):
     """run model code that comes with the weights"""
 
 
+class DatasetSection(Section):
+    """A dataset as `datasets.load_dataset` names it."""
+
+    path: str
+    """hub id, or a folder"""
+    name: str | None = None
+    """configuration, where there are several"""
+    split: str = "train"
+    revision: str | None = None
+
+
 class SeedsSection(Section):
     """Instructions that the target answers, or prompts of an evaluation."""
 
-    inputs: str | list[str]
+    inputs: str | list[str] = Field(default=[])
     """files, folders or globs: JSONL (.gz, .zst) or Parquet"""
+    dataset: DatasetSection | None = None
+    """instead of inputs: anything that `datasets` loads, from the hub or a folder"""
+    format: Literal["prompt", "chat", "oig", "openassistant", "dolly", "alpaca"] = "prompt"
+    """prompt: prompt_field; chat: messages or conversations (ShareGPT); oig: OIG-small-chip2; openassistant: the
+    messages of OASST's trees; dolly: instruction and context; alpaca: instruction and input"""
     prompt_field: str = "prompt"
     """field with the instruction, or with chat messages"""
+    turns: Literal["first", "last", "each"] | None = None
+    """of a conversation: its first user message; all up to its last one; or each with what goes before, as seeds of
+    their own. null: first for openassistant, last for others"""
+    where: dict[str, str | int | float | bool] = Field(default={})
+    """use records with these values alone, such as {lang: en}"""
+    split: Literal["all", "train", "held_out"] = "all"
+    """one side of a division by a hash of the conversation's first user message: no prompt is ever in both"""
+    held_out: float = Field(default=0.05, gt=0, lt=1)
+    """share of prompts that are held out; the same wherever the two sides are used"""
+    min_tokens: NonNegativeInt = 0
+    """leave out prompts of fewer tokens, chat template included"""
+    max_tokens: PositiveInt | None = None
+    """leave out prompts of more tokens, chat template included"""
     limit: PositiveInt | None = None
     """use the first so many"""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> SeedsSection:
+        if bool(self.inputs) == bool(self.dataset):
+            raise ValueError("inputs is required, or dataset, and not both")
+        return self
+
+    @property
+    def source(self) -> Any:
+        """What messages call it."""
+        return self.dataset.path if self.dataset else self.inputs

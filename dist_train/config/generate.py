@@ -3,10 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from dist_train.config.base import Section, SeedsSection, TargetSection
+
+
+class EngineSection(Section):
+    """What decodes the answers."""
+
+    kind: Literal["transformers", "openai"] = "transformers"
+    """transformers: here, on every rank; openai: a server that speaks OpenAI's protocol (vLLM, SGLang, transformers
+    serve)"""
+    batching: Literal["static", "continuous"] = "static"
+    """transformers: a batch ends with its longest answer, or finished rows make room for others (transformers'
+    continuous batching with a paged cache)"""
+    url: str = ""
+    """openai: such as http://node7:8000/v1"""
+    model: str | None = None
+    """openai: the name under which the server has the target; null: target.path"""
+    key_variable: str = "OPENAI_API_KEY"
+    """openai: environment variable with the server's key, if it wants one"""
+    concurrency: PositiveInt = 64
+    """openai: requests under way at once, of each process"""
+    timeout: PositiveFloat = 600.0
+    """openai: seconds until a request without an answer is asked again"""
+    patience: NonNegativeFloat = 600.0
+    """openai: seconds for which a request that fails (429, 5xx, no connection) is tried again"""
+
+    @model_validator(mode="after")
+    def _server_has_address(self) -> EngineSection:
+        if self.kind == "openai" and not self.url.startswith(("http://", "https://")):
+            raise ValueError("kind openai needs url, such as http://127.0.0.1:8000/v1")
+        return self
+
+
+def _listed(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
 
 
 class GenerateConfig(Section):
@@ -15,13 +57,23 @@ class GenerateConfig(Section):
     target: TargetSection
     tokenizer: str | None = None
     """null: the target's own"""
+    engine: EngineSection = EngineSection()
     seeds: SeedsSection
+    more_seeds: list[SeedsSection] = Field(default=[])
+    """further sources; a prompt that is in several counts once"""
     out: Path
     """folder of the answers, Parquet"""
-    temperatures: list[float] = Field(default=[0.0, 0.3, 0.7, 1.0], min_length=1)
-    """each seed is answered once at each"""
-    top_p: float = Field(default=0.95, gt=0, le=1)
+    temperatures: Annotated[list[NonNegativeFloat], BeforeValidator(_listed)] = Field(
+        default=[0.0, 0.3, 0.7, 1.0], min_length=1
+    )
+    """each seed is answered at each; 0: greedy, once whatever top_p and samples"""
+    top_p: Annotated[list[Annotated[float, Field(gt=0, le=1)]], BeforeValidator(_listed)] = Field(
+        default=[0.95], min_length=1
+    )
+    """each temperature is combined with each"""
+    samples: PositiveInt = 1
+    """answers to each seed at each temperature and top_p"""
     max_new_tokens: PositiveInt = 512
     batch_size: PositiveInt = 32
-    """answers decoded together; part of what fixes the random numbers"""
-    seed: int = 0
+    """answers of one work unit and file; with static batching they are decoded together"""
+    seed: NonNegativeInt = 0

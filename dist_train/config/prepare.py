@@ -7,18 +7,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dist_train.config.base import Section
-
-
-class DatasetSection(Section):
-    """A dataset as `datasets.load_dataset` names it: its files are read as they are."""
-
-    path: str
-    """hub id, or a folder"""
-    name: str | None = None
-    """configuration, where there are several"""
-    split: str = "train"
-    revision: str | None = None
+from dist_train.config.base import DatasetSection, Section
 
 
 class FaultsSection(Section):
@@ -41,7 +30,7 @@ class PrepareConfig(Section):
     inputs: str | list[str] = Field(default=[])
     """files, folders, globs or URLs (hf://datasets/...): JSONL (.gz, .zst), Parquet, text (one document a line)"""
     dataset: DatasetSection | None = None
-    """instead of inputs: a dataset of the hub, read as a stream"""
+    """instead of inputs: a dataset of the hub, its files read as they are, as a stream"""
     tokenizer: str = ""
     """sentencepiece .model file, Hugging Face folder or hub id"""
     verify: bool = False

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-import io
+import hashlib
+import json
+import os
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-
-from data_shards.files import write_atomically, write_json
+from data_shards.files import read_json, remove_stale, write_json
+from dist_train.claims import LEASE_SECONDS
 from dist_train.config import GenerateConfig, save_config
 from dist_train.errors import UserError
+from dist_train.generate.answers import write_answers
+from dist_train.generate.asks import Ask, Engine, Sampling
+from dist_train.generate.page import write_page
+from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
-from dist_train.prompts import encode_seeds, read_seeds
+from dist_train.prompts import encode_seeds, read_all_seeds
 from dist_train.runtime import Runtime, started
 from dist_train.target import check_vocabulary, load_causal_lm, read_target_config
-from dist_train.tokenizer import load_tokenizer
-from dist_train.units import Units, unit_seed
+from dist_train.tokenizer import Tokenizer, load_tokenizer
+from dist_train.units import COMPLETE, Units, unit_seed
 
-SCHEMA = pa.schema(
-    {
-        "seed": pa.int64(),
-        "prompt": pa.string(),
-        "response": pa.string(),
-        "prompt_ids": pa.list_(pa.int32()),
-        "response_ids": pa.list_(pa.int32()),
-        "temperature": pa.float32(),
-        "finish_reason": pa.string(),
-    }
-)
 STATISTICS = "_statistics.json"
 
 
+class Condition(NamedTuple):
+    """How a seed is answered. top_p is None where it has no part in it: greedy."""
+
+    temperature: float
+    top_p: float | None
+    sample: int
+
+
 class Work(NamedTuple):
-    """One unit: a batch of seeds at one temperature. It fixes batch and random numbers, and so its answers."""
+    """One unit: some seeds under one condition. It fixes batch and random numbers, and so its answers."""
 
     seeds: range
-    temperature: float
+    condition: Condition
 
 
 def check(config: GenerateConfig) -> None:
@@ -48,109 +49,193 @@ def check(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer or config.target.path)
     if read_target_config(config.target).vocab_size < tokenizer.vocab_size:
         check_vocabulary(config.target, tokenizer.vocab_size, tokenizer.source)
-    read_seeds(config.seeds)
+    read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
 
 
 def run(config: GenerateConfig) -> None:
-    """Answer every seed at every temperature; on every rank."""
+    """Answer every seed under every condition; on every rank."""
     check(config)
     with started() as runtime:
         tokenizer = load_tokenizer(config.tokenizer or config.target.path)
-        seeds = read_seeds(config.seeds)
-        prompts = encode_seeds(seeds, tokenizer)
-        works = [
-            Work(range(first, min(first + config.batch_size, len(seeds))), temperature)
-            for temperature in config.temperatures
-            for first in range(0, len(seeds), config.batch_size)
-        ]
-        units = Units(config.out, _plan(config, prompts), len(works), ".parquet", runtime)
+        generation = Generation(config, tokenizer, runtime)
+        units = Units(config.out, generation.plan, generation.count, ".parquet", runtime)
         began = time.monotonic()
-        if any(True for _ in units.mine()):
-            engine = _engine(config, tokenizer.eos_id, runtime)
-
-        def make(unit: int, path: Path) -> None:
-            work = works[unit]
-            answers = engine.answer(
-                [prompts[seed] for seed in work.seeds],
-                temperature=work.temperature,
-                top_p=config.top_p,
-                max_new_tokens=config.max_new_tokens,
-                seed=unit_seed(config.seed, unit),
-            )
-            rows = [
-                {
-                    "seed": seed,
-                    "prompt": seeds[seed][-1]["content"],
-                    "response": tokenizer.decode(answer.ids),
-                    "prompt_ids": prompts[seed],
-                    "response_ids": answer.ids,
-                    "temperature": work.temperature,
-                    "finish_reason": answer.finish_reason,
-                }
-                for seed, answer in zip(work.seeds, answers, strict=True)
-            ]
-            _write(path, rows)
-
-        share = len(range(runtime.rank, len(works), runtime.world_size))
-        with Progress("generate", share, "batch", enabled=runtime.is_first) as bar:
-            units.run(make, bar.update)
+        missing = runtime.agree(units.missing)
+        if missing:
+            if runtime.is_first:
+                (config.out / COMPLETE).unlink(missing_ok=True)
+            workers = min(len(missing), generation.engine.units_at_once(config.batch_size))
+            with Progress("generate", generation.count, "batch", enabled=runtime.is_first) as bar:
+                bar.update(generation.count - len(missing))
+                units.run(generation.make, bar.update, workers)
         if runtime.is_first:
-            save_config(config, config.out / "_config.yaml")
-            _conclude(config, units, time.monotonic() - began)
+            _conclude(config, generation, units, time.monotonic() - began)
 
 
-def _engine(config: GenerateConfig, eos_id: int, runtime: Runtime) -> Any:
-    from dist_train.generate.engine import TransformersEngine
+class Generation:
+    """All that is to be asked, cut into units, and how one of them is answered."""
 
+    def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, runtime: Runtime) -> None:
+        self._config, self._tokenizer, self._runtime = config, tokenizer, runtime
+        self._seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
+        self._prompts = encode_seeds(self._seeds, tokenizer)
+        self._conditions = _conditions(config)
+        self._batches = -(-len(self._seeds) // config.batch_size)
+        self._stopwatch = Stopwatch(config.out)
+        target = read_target_config(config.target)
+        _check_room(config, target, self._prompts)
+        self._vocab_size = target.vocab_size
+        engine = config.engine
+        self.origin: dict[str, Any] = {
+            "target": {"path": config.target.path, "revision": config.target.revision, "config": _digest(target)},
+            "tokenizer": tokenizer.sha256,
+            "engine": engine.kind if engine.kind == "openai" else f"transformers, {engine.batching} batching",
+        }
+
+    @property
+    def count(self) -> int:
+        """Number of units."""
+        return self._batches * len(self._conditions)
+
+    @property
+    def plan(self) -> dict[str, Any]:
+        """What the answers depend on; a folder begun with another plan is refused."""
+        config = self._config
+        return {
+            **self.origin,
+            "precision": config.target.precision if config.engine.kind == "transformers" else None,
+            "model": config.engine.model if config.engine.kind == "openai" else None,
+            "prompts": unit_seed(0, self._prompts),
+            **config.model_dump(
+                mode="json", include={"temperatures", "top_p", "samples", "max_new_tokens", "batch_size", "seed"}
+            ),
+        }
+
+    def work(self, unit: int) -> Work:
+        """What a unit is made of: all seeds under the first condition come first."""
+        condition, batch = divmod(unit, self._batches)
+        first, size = batch * self._config.batch_size, self._config.batch_size
+        return Work(range(first, min(first + size, len(self._seeds))), self._conditions[condition])
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What decodes, made when first needed: a rerun with nothing to do loads no model."""
+        return _engine(self._config, self._tokenizer, self._vocab_size, self._runtime)
+
+    def make(self, unit: int, path: Path) -> None:
+        """Have one unit answered, and write its file."""
+        began = time.monotonic()
+        seeds, condition = self.work(unit)
+        sampling = Sampling(condition.temperature, condition.top_p or 1.0, self._config.max_new_tokens)
+        asks = [
+            Ask(self._seeds[seed], self._prompts[seed], _request_seed(self._config.seed, seed, condition))
+            for seed in seeds
+        ]
+        answers = self.engine.answer(asks, sampling)
+        rows = [
+            {
+                "seed": seed,
+                "prompt": ask.messages[-1]["content"],
+                "response": self._tokenizer.decode(answer.ids),
+                "prompt_ids": ask.ids,
+                "response_ids": answer.ids,
+                **condition._asdict(),
+                "request_seed": ask.seed,
+                "finish_reason": answer.finish_reason,
+                "reencoded": answer.reencoded,
+            }
+            for seed, ask, answer in zip(seeds, asks, answers, strict=True)
+        ]
+        write_answers(path, rows, self.origin)
+        self._stopwatch.note(unit, began)
+
+
+def _conditions(config: GenerateConfig) -> list[Condition]:
+    """Temperatures x top-p x samples; greedy decoding has only one answer to give."""
+    found = []
+    for temperature in dict.fromkeys(config.temperatures):
+        if temperature == 0:
+            found.append(Condition(0.0, None, 0))
+            continue
+        for top_p in dict.fromkeys(config.top_p):
+            found += [Condition(temperature, top_p, sample) for sample in range(config.samples)]
+    return found
+
+
+def _request_seed(seed: int, number: int, condition: Condition) -> int:
+    """Of one answer; below 2^31, which every server takes."""
+    return unit_seed(seed, number, *condition) >> 32
+
+
+def _check_room(config: GenerateConfig, target: Any, prompts: Sequence[Sequence[int]]) -> None:
+    room = getattr(target, "max_position_embeddings", None)
+    longest = max(map(len, prompts))
+    if room is not None and longest + config.max_new_tokens > room:
+        raise UserError(
+            f"{config.target.path} has {room} positions; a prompt of {longest} tokens and max_new_tokens="
+            f"{config.max_new_tokens} need more; set seeds.max_tokens={max(room - config.max_new_tokens, 1)}"
+        )
+
+
+def _engine(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int, runtime: Runtime) -> Engine:
+    from dist_train.generate.local import ContinuousBatches, StaticBatches
+
+    if config.engine.kind == "openai":
+        return _server(config, tokenizer, vocab_size)
     model = load_causal_lm(config.target).to(runtime.device)
-    stops = model.generation_config.eos_token_id
-    return TransformersEngine(model, [eos_id, *_as_list(stops)])
+    eos_ids = [tokenizer.eos_id, *_as_list(model.generation_config.eos_token_id)]
+    return (ContinuousBatches if config.engine.batching == "continuous" else StaticBatches)(model, eos_ids)
+
+
+def _server(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> Engine:
+    from dist_train.generate.http import Client
+    from dist_train.generate.server import ServerEngine
+
+    engine = config.engine
+    client = Client(engine.url, os.environ.get(engine.key_variable), engine.timeout, engine.patience)
+    eos_ids = [tokenizer.eos_id, *_as_list(_stop_ids(config))]
+    return ServerEngine(client, engine.model or config.target.path, tokenizer, eos_ids, vocab_size, engine.concurrency)
+
+
+def _stop_ids(config: GenerateConfig) -> Any:
+    """The end-of-sequence ids beside the tokenizer's, from the target's generation configuration, if it has one."""
+    from transformers import GenerationConfig
+
+    try:
+        revision: Any = config.target.revision
+        return GenerationConfig.from_pretrained(config.target.path, revision=revision).eos_token_id
+    except OSError:
+        return None
 
 
 def _as_list(value: int | list[int] | None) -> list[int]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _plan(config: GenerateConfig, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """What the answers depend on; a folder begun with another plan is refused."""
-    return {
-        "target": config.target.model_dump(mode="json", exclude={"sharding"}),
-        "prompts": unit_seed(0, prompts),
-        "temperatures": config.temperatures,
-        "top_p": config.top_p,
-        "max_new_tokens": config.max_new_tokens,
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-    }
+def _digest(target: Any) -> str:
+    return hashlib.sha256(json.dumps(target.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> None:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer, compression="zstd")
-    write_atomically(path, [buffer.getbuffer()])
-
-
-def _conclude(config: GenerateConfig, units: Units, seconds: float) -> None:
-    """Say what came out and keep it beside the answers."""
-    table = pa.concat_tables(pq.read_table(units.path(unit)) for unit in range(units.count))
-    lengths = pc.list_value_length(table["response_ids"])
-    tokens = pc.sum(lengths).as_py()
-    stopped = pc.sum(pc.equal(table["finish_reason"], "stop")).as_py()
-    distinct = len(pc.unique(table["response"]))
-    if not tokens:
-        raise UserError(f"{config.out}: every answer is empty; does the tokenizer fit the target?")
-    statistics = {
-        "answers": len(table),
-        "tokens": tokens,
-        "mean_tokens": tokens / len(table),
-        "stopped_by_itself": stopped / len(table),
-        "distinct": distinct / len(table),
-        "tokens_per_s": tokens / seconds,
-    }
-    write_json(config.out / STATISTICS, statistics)
+def _conclude(config: GenerateConfig, generation: Generation, units: Units, seconds: float) -> None:
+    """Say what came out and keep it beside the answers; mark them as whole."""
+    if not (config.out / COMPLETE).exists():
+        works = ((unit, units.path(unit), generation.work(unit).condition) for unit in range(units.count))
+        statistics = gather(
+            ((unit, path, condition.temperature, condition.top_p) for unit, path, condition in works), config.out
+        )
+        if not statistics["tokens"]:
+            raise UserError(f"{config.out}: every answer is empty; does the tokenizer fit the target?")
+        remove_stale(config.out, LEASE_SECONDS)
+        save_config(config, config.out / "_config.yaml")
+        write_json(config.out / STATISTICS, statistics)
+        write_page(config.out, statistics, generation.origin)
+        units.conclude({key: statistics[key] for key in ("answers", "tokens")})
+    told = read_json(config.out / STATISTICS)
+    again = f", {told['reencoded']:.0%} encoded again" if told["reencoded"] else ""
+    rate = f"{told['tokens_per_s']:,.0f} tokens/s a process, " if told["tokens_per_s"] else ""
     print(
-        f"generate: {len(table):,} answers, {tokens:,} tokens ({tokens / len(table):.0f} each), "
-        f"{stopped / len(table):.0%} ended by themselves, {distinct / len(table):.0%} distinct; "
-        f"{seconds:.1f} s; {config.out}",
+        f"generate: {told['answers']:,} answers, {told['tokens']:,} tokens ({told['mean_tokens']:.0f} each), "
+        f"{told['stopped_by_itself']:.0%} ended by themselves, {told['distinct']:.0%} distinct{again}; "
+        f"{rate}{seconds:.1f} s; {config.out}",
         flush=True,
     )

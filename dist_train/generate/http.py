@@ -1,0 +1,113 @@
+"""Asking a server that may be busy, restarting or gone: JSON over HTTP, with back-off."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import random
+import threading
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+from dist_train.errors import UserError
+
+_FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0
+_BUSY = (408, 409, 425, 429)
+
+
+class RefusedError(Exception):
+    """The server does not take this request, and will not later: its status and its words."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"{status}: {words}")
+        self.status, self.words = status, words
+
+
+class Client:
+    """One server, asked by many threads, each over a connection of its own.
+
+    `timeout`: seconds until a silent request counts as failed. `patience`: seconds for which a failing one is tried
+    again. `retries`: how many were, so far.
+    """
+
+    def __init__(self, url: str, key: str | None, timeout: float, patience: float) -> None:
+        self.url = url.rstrip("/")
+        self._parts = urlsplit(self.url)
+        self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        self._timeout, self._patience = timeout, patience
+        self._local = threading.local()
+        self._given_up = threading.Event()
+        self.retries = 0
+
+    def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object that the server answers.
+
+        Busy (429), failing (5xx), unreachable, silent, or broken off: asked again, after a delay that doubles, with
+        chance in it, or that the server names. Raises RefusedError for another status, UserError when patience is over.
+        """
+        began, tries = time.monotonic(), 0
+        while True:
+            tries += 1
+            wanted = 0.0
+            try:
+                status, words, wanted = self._once(method, path, body)
+                if status == 200:
+                    return _parse(words)
+                if status < 500 and status not in _BUSY:
+                    raise RefusedError(status, _said(words))
+                problem = f"{status} {_said(words)}"
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                self._hang_up()
+                problem = str(error) or type(error).__name__
+            delay = max(wanted, min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(tries - 1, 20)) * random.uniform(0.5, 1.0))
+            spent = time.monotonic() - began
+            if self._given_up.is_set() or spent + delay > self._patience:
+                self._given_up.set()
+                raise UserError(
+                    f"{self.url}: gave up after {tries} tries in {spent:.0f} s: {problem}; is the server up? "
+                    "started again, generate goes on with what is missing"
+                )
+            self.retries += 1
+            self._given_up.wait(delay)
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
+        """Status, body and the delay that the server asks for, in seconds."""
+        connection = self._connection()
+        payload = None if body is None else json.dumps(body).encode()
+        connection.request(method, f"{self._parts.path}{path}", payload, self._headers)
+        response = connection.getresponse()
+        words = response.read()
+        after = response.headers.get("Retry-After", "")
+        return response.status, words, min(float(after), 10 * _LONGEST_DELAY) if after.isdecimal() else 0.0
+
+    def _connection(self) -> http.client.HTTPConnection:
+        if getattr(self._local, "connection", None) is None:
+            kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
+            self._local.connection = kind(self._parts.netloc, timeout=self._timeout)
+        return self._local.connection
+
+    def _hang_up(self) -> None:
+        """After a failure nothing is known of the connection; the next try makes a new one."""
+        self._connection().close()
+        self._local.connection = None
+
+
+def _parse(words: bytes) -> dict[str, Any]:
+    answer = json.loads(words)
+    if not isinstance(answer, dict):
+        raise ValueError(f"the answer is not a JSON object: {words[:80]!r}")
+    return answer
+
+
+def _said(words: bytes) -> str:
+    """The message in what a server says of an error, in one line."""
+    text = words.decode(errors="replace")
+    try:
+        content = json.loads(text)
+        for key in ("error", "message", "detail"):
+            content = content[key] if isinstance(content, dict) and key in content else content
+        text = content if isinstance(content, str) else json.dumps(content)
+    except ValueError:
+        pass
+    return " ".join(text.split())[:300] or "without a word"

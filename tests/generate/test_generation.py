@@ -1,0 +1,170 @@
+"""Generation that is killed, shared out, out of disk: the same answers come out, each once."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from generations import files, generation, rows
+from runs import on_ranks
+from transformers import AutoModelForCausalLM
+
+from data_shards.files import read_json
+from dist_train.generate.answers import read_origin
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, cli, tmp_path_factory):
+    """The outcome of one process that nothing happens to."""
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    cli(*generation(tiny, out))
+    return out
+
+
+def test_greedy_answers_are_those_of_transformers_alone(tiny, undisturbed):
+    """Each prompt by itself, without the padding of a batch."""
+    model = AutoModelForCausalLM.from_pretrained(tiny.target)
+    found = rows(undisturbed)
+    assert [(row["temperature"], row["seed"]) for row in found] == [(t, seed) for t in (0, 1) for seed in range(60)]
+    for row in found[:60]:
+        ids = torch.tensor([row["prompt_ids"]])
+        out = model.generate(ids, max_new_tokens=24, do_sample=False, pad_token_id=2, eos_token_id=2)
+        assert row["response_ids"] == out[0, ids.shape[1] :].tolist()
+        assert row["finish_reason"] == ("stop" if row["response_ids"][-1] == 2 else "length")
+
+
+def test_what_is_said_beside_the_answers(tiny, undisturbed):
+    found, told = rows(undisturbed), read_json(undisturbed / "_statistics.json")
+    lengths = sorted(len(row["response_ids"]) for row in found)
+    assert (told["answers"], told["tokens"], told["longest"]) == (120, sum(lengths), lengths[-1])
+    assert told["distinct"] == pytest.approx(len({row["response"] for row in found}) / 120)
+    for heat, part in zip((0, 1), told["conditions"], strict=True):
+        mine = [row for row in found if row["temperature"] == heat]
+        assert part["answers"] == sum(part["histogram"]) == len(mine) == 60
+        assert part["tokens"] == sum(len(row["response_ids"]) for row in mine)
+        assert part["median_tokens"] == sorted(len(row["response_ids"]) for row in mine)[29]
+        assert part["stopped_by_itself"] == pytest.approx(sum(row["finish_reason"] == "stop" for row in mine) / 60)
+        assert part["repeated_to_a_prompt"] == 0  # each prompt once at each temperature
+        assert part["tokens_per_s"] > 0
+    page = (undisturbed / "_statistics.html").read_text()
+    assert "<svg" in page and "T = 0, greedy" in page and "T = 1, top-p 0.95" in page
+    assert read_json(undisturbed / "_complete.json")["answers"] == 120
+    origin = read_origin(undisturbed / "unit-000000.parquet")
+    assert origin["target"]["path"] == str(tiny.target) and origin["engine"] == "transformers, static batching"
+
+
+SLOW_RANK = """
+import os, sys, time
+from dist_train.generate import local
+answer = local.StaticBatches.answer
+def slow(self, *arguments):
+    time.sleep(1.5 if os.environ["RANK"] == "1" else 0)
+    return answer(self, *arguments)
+local.StaticBatches.answer = slow
+from dist_train.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_number_of_ranks_makes_the_same_and_waits_for_no_slow_one(tiny, undisturbed, tmp_path, ranks):
+    on_ranks(SLOW_RANK, ranks, *generation(tiny, tmp_path / "out"))
+    assert files(tmp_path / "out") == files(undisturbed)
+    shares = [len(path.read_text().splitlines()) for path in (tmp_path / "out").glob("_times-*.jsonl")]
+    assert sum(shares) == 30 and len(shares) == ranks
+    assert min(shares) <= 5  # an equal share would be 10 or 15, and 15 or 22 seconds
+
+
+def killed(command, ranks, seconds_after_first, folder):
+    """Start it, and kill all its processes some time after its first new unit; False if it ended before."""
+    before = len(files(folder)) if folder.exists() else 0
+    line = [sys.executable, "-m", "dist_train", *command, *(["--nproc", str(ranks)] if ranks > 1 else [])]
+    process = subprocess.Popen(line, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while process.poll() is None and not (folder.exists() and len(list(folder.glob("unit-*.parquet"))) > before):
+        time.sleep(0.005)
+    time.sleep(seconds_after_first)
+    ended = process.poll() is not None
+    if not ended:
+        os.killpg(process.pid, signal.SIGKILL)
+    complaint = process.communicate(timeout=60)[1].decode()
+    assert not ended or process.returncode == 0, complaint
+    return not ended
+
+
+def series(tiny, cli, undisturbed, folder, kills, drawn):
+    """Kill it so many times, with a random number of ranks; how many units there were after each."""
+    counts = []
+    while len(counts) < kills:
+        if killed(generation(tiny, folder), drawn.randint(1, 3), drawn.uniform(0, 0.15), folder):
+            counts.append(len(files(folder)))
+            assert not (folder / "_complete.json").exists() or counts[-1] == 30
+        else:  # all done: take half of it away again
+            for path in drawn.sample(sorted(folder.glob("unit-*.parquet")), 15):
+                path.unlink()
+    cli(*generation(tiny, folder), "--nproc", drawn.randint(2, 3))
+    assert files(folder) == files(undisturbed)
+    answered = [(row["temperature"], row["seed"]) for row in rows(folder)]
+    assert len(set(answered)) == len(answered) == 120
+    assert read_json(folder / "_complete.json")["answers"] == 120
+    assert not list(folder.glob("_claim-*"))
+    return counts
+
+
+def test_a_killed_generation_goes_on(tiny, cli, undisturbed, tmp_path):
+    out = tmp_path / "out"
+    counts = series(tiny, cli, undisturbed, out, 2, random.Random(1))
+    assert 0 < counts[0] < 30
+
+
+@pytest.mark.campaign
+def test_twenty_kills(tiny, cli, undisturbed, tmp_path):
+    counts = series(tiny, cli, undisturbed, tmp_path / "out", 20, random.Random(int(os.environ.get("SEED", 0))))
+    print(f"units after each of 20 kills: {counts}")
+
+
+def test_part_of_an_outcome_is_not_packed(tiny, refused, undisturbed, tmp_path):
+    partial = tmp_path / "out"
+    partial.mkdir()
+    for path in undisturbed.iterdir():
+        if path.name != "_complete.json":
+            (partial / path.name).write_bytes(path.read_bytes())
+    packing = ["prepare", "format=chat", f"tokenizer={tiny.tokenizer}", f"out={tmp_path / 'packed'}"]
+    assert "its answers are not all there yet" in refused(*packing, f"inputs={partial}")
+
+
+def test_continuous_batching_gives_the_same_greedy_answers_and_repeats_itself(tiny, here, undisturbed, tmp_path):
+    options = ["engine.batching=continuous", "batch_size=12", "seeds.limit=12"]
+    for name in ("one", "two"):
+        code, _, complaint = here(*generation(tiny, tmp_path / name, *options))
+        assert code == 0, complaint
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    found = rows(tmp_path / "one")
+    expected = [row["response_ids"] for row in rows(undisturbed) if row["temperature"] == 0][:12]
+    assert [row["response_ids"] for row in found if row["temperature"] == 0] == expected
+    assert len({row["response"] for row in found if row["temperature"] == 1}) == 12
+
+
+FULL_DISK = """
+import resource, sys
+from dist_train.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_full_disk_is_told_and_leaves_whole_files(tiny, undisturbed, tmp_path):
+    sizes = [len(data) for data in files(undisturbed).values()]
+    limit = sorted(sizes)[len(sizes) // 2]
+    command = [sys.executable, "-c", FULL_DISK.format(limit=limit), *generation(tiny, tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be written: File too large; free space" in done.stderr and done.stderr.count("\n") == 1
+    made = files(tmp_path / "out")
+    assert made.items() <= files(undisturbed).items()
+    assert not list((tmp_path / "out").glob("*.tmp"))

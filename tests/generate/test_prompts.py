@@ -1,0 +1,169 @@
+"""Seeds: formats of well-known sets, duplicates, and a division that nothing crosses."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+
+from dist_train.config import SeedsSection
+from dist_train.errors import UserError
+from dist_train.prompts import is_held_out, read_all_seeds, read_seeds
+from dist_train.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """`seeds([record, ...], format="oig")` reads records through a file."""
+
+    def read(records, tokenizer=None, **options):
+        path = tmp_path / "seeds.jsonl"
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return read_seeds(SeedsSection(inputs=str(path), **options), tokenizer)
+
+    return read
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def bot(text):
+    return {"role": "assistant", "content": text}
+
+
+THREE = [user("a?"), bot("b"), user("c?"), bot("d")]
+SHARED = [{"from": "system", "value": "s"}, {"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "expected"),
+    [
+        ("prompt", {"prompt": " a? "}, [user(" a? ")]),
+        ("prompt", {"prompt": THREE}, THREE[:3]),
+        ("chat", {"messages": THREE}, THREE[:3]),
+        ("chat", {"conversations": SHARED}, [{"role": "system", "content": "s"}, user("a?")]),
+        ("oig", {"user": "a?", "chip2": "b"}, [user("a?")]),
+        ("oig", {"text": "<human>: a?\n<bot>: b", "metadata": {}}, [user("a?")]),
+        ("oig", {"text": "<human>: a?\n<bot>: b\n<human>: is x<y?\n<bot>: d"}, [user("a?"), bot("b"), user("is x<y?")]),
+        ("dolly", {"instruction": "a?", "context": "c", "response": "b"}, [user("a?\n\nc")]),
+        ("dolly", {"instruction": "a?", "context": "", "response": "b"}, [user("a?")]),
+        ("alpaca", {"instruction": "a?", "input": "i", "output": "b"}, [user("a?\n\ni")]),
+        ("alpaca", {"instruction": "a?", "output": "b"}, [user("a?")]),
+    ],
+)
+def test_formats(seeds, form, record, expected):
+    assert seeds([record], format=form) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("form", "record", "message"),
+    [
+        ("prompt", {"question": "a"}, "no prompt in 'prompt' (a text or chat messages); its fields are question"),
+        ("chat", {"messages": [{"role": "wizard", "content": "a"}]}, "'messages' or 'conversations'"),
+        ("oig", {"text": "a"}, "<human>: ... <bot>: ..."),
+        ("dolly", {"prompt": "a"}, "'instruction' and 'context'"),
+        ("openassistant", {"text": "a"}, "message_id, parent_id, text, role"),
+    ],
+)
+def test_records_of_another_format_are_named(seeds, form, record, message):
+    with pytest.raises(UserError) as error:
+        seeds([record], format=form)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def tree(*messages):
+    names = ("message_id", "parent_id", "role", "text")
+    return [{**dict(zip(names, message, strict=True)), "lang": "en"} for message in messages]
+
+
+TREES = tree(
+    ("1", None, "prompter", "a?"),
+    ("3", "2", "prompter", "c?"),
+    ("2", "1", "assistant", "b"),
+    ("4", "1", "assistant", "b2"),
+    ("5", "4", "prompter", "e?"),
+    ("6", None, "prompter", "lone?"),
+    ("8", "7", "prompter", "parent deleted"),
+)
+
+
+@pytest.mark.parametrize(
+    ("turns", "expected"),
+    [
+        (None, [[user("a?")], [user("lone?")]]),
+        (
+            "each",
+            [[user("a?")], [user("a?"), bot("b"), user("c?")], [user("a?"), bot("b2"), user("e?")], [user("lone?")]],
+        ),
+        ("last", [[user("a?"), bot("b"), user("c?")], [user("a?"), bot("b2"), user("e?")], [user("lone?")]]),
+    ],
+)
+def test_openassistant_trees(seeds, turns, expected):
+    assert seeds(TREES, format="openassistant", turns=turns) == expected
+
+
+def test_turns_of_a_conversation(seeds):
+    record = {"messages": THREE}
+    assert seeds([record], format="chat", turns="first") == [THREE[:1]]
+    assert seeds([record], format="chat", turns="each") == [THREE[:1], THREE[:3]]
+
+
+def test_duplicates_differ_in_more_than_white_space(seeds):
+    texts = ["a b", "a  b", " a b\n", "a B", "", "  "]
+    assert seeds([{"prompt": text} for text in texts]) == [[user("a b")], [user("a B")]]
+
+
+def test_duplicates_across_sources_count_once(tmp_path, tiny):
+    for name, texts in (("one", ["a", "b"]), ("two", ["b", "c", "d"])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    sections = [SeedsSection(inputs=str(tmp_path / f"{name}.jsonl"), limit=2) for name in ("one", "two")]
+    found = read_all_seeds(sections, load_tokenizer(tiny.tokenizer))
+    assert [messages[0]["content"] for messages in found] == ["a", "b", "c", "d"]
+
+
+def test_where_and_limits(seeds, tiny):
+    tokenizer = load_tokenizer(tiny.tokenizer)
+    records = [{"prompt": "the model " * n, "lang": "en" if n % 2 else "de", "n": n} for n in range(1, 9)]
+    assert len(seeds(records, where={"lang": "en"})) == 4
+    lengths = [len(tokenizer.encode_prompt([user(record["prompt"])])) for record in records]
+    kept = seeds(records, tokenizer, min_tokens=lengths[2], max_tokens=lengths[5], limit=3)
+    assert [messages[0]["content"] for messages in kept] == [record["prompt"] for record in records[2:5]]
+    with pytest.raises(UserError, match="no prompts in it with max_tokens=2"):
+        seeds(records, tokenizer, max_tokens=2)
+    with pytest.raises(UserError, match="where: a record has no 'language'"):
+        seeds(records, where={"language": "en"})
+
+
+def test_no_prompt_is_ever_on_both_sides(seeds):
+    drawn = random.Random(3)
+    prompts = [f"question {n} about {drawn.randrange(100)}" for n in range(4000)]
+    noisy = [drawn.choice([text, f"  {text}\n", text.replace(" ", "   ")]) for text in prompts for _ in range(2)]
+    drawn.shuffle(noisy)
+    sides = {side: seeds([{"prompt": text} for text in noisy], split=side) for side in ("train", "held_out")}
+    train, held = ({" ".join(messages[0]["content"].split()) for messages in sides[side]} for side in sides)
+    assert not train & held
+    assert train | held == set(prompts)
+    assert 140 < len(held) < 262  # 200 expected, more than four standard deviations either way
+    some = sorted(held)[:20] + sorted(train)[:20]
+    for text in some:  # alone in its set, as among all
+        assert (text in held) == is_held_out(f"\n{text}", 0.05)
+    # Longer conversations go with their first message, whatever follows it and whatever the system says.
+    records = [
+        {"messages": [{"role": "system", "content": f"s{n}"}, user(text), bot("b"), user(f"and {n}?"), bot("d")]}
+        for n, text in enumerate(prompts)
+    ]
+    for side, texts in (("train", train), ("held_out", held)):
+        found = seeds(records, format="chat", turns="each", split=side)
+        assert {messages[1]["content"] for messages in found} == texts
+        assert len(found) == 2 * len(texts)
+
+
+def test_anything_that_datasets_loads(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.csv").write_text("instruction,context\na?,c\nb?,\n")
+    section = SeedsSection(dataset={"path": str(tmp_path / "set")}, format="dolly")
+    assert read_seeds(section) == [[user("a?\n\nc")], [user("b?")]]
+    with pytest.raises(UserError, match=r"dataset .*nowhere"):
+        read_seeds(SeedsSection(dataset={"path": str(tmp_path / "nowhere")}))

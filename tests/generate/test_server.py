@@ -1,0 +1,139 @@
+"""Answers from OpenAI-compatible servers: a real one, and one that fails in every way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import sentencepiece
+import torch
+from generations import FAULTS, files, generation, rows
+from transformers import AutoModelForCausalLM
+
+from dist_train.generate.answers import read_origin
+from dist_train.runtime import free_port
+
+
+def asking(tiny, out, url, *more):
+    engine = ["engine.kind=openai", f"engine.url={url}", "engine.model=tiny", "engine.concurrency=16"]
+    return generation(tiny, out, *engine, *more)
+
+
+def test_each_request_is_answered_once_by_a_server_that_fails(tiny, here, fake_server, tmp_path):
+    server = fake_server(faults=0.3)
+    options = ["seeds.limit=20", "samples=2", "top_p=[0.9, 1.0]", "temperatures=[0, 0.5, 1.0]"]
+    code, _, complaint = here(*asking(tiny, tmp_path / "out", server.url, *options))
+    assert code == 0, complaint
+    assert set(server.failed) == {None, *FAULTS}
+    found = rows(tmp_path / "out")
+    conditions = [(0.0, None, 0)] + [(t, p, s) for t in (0.5, 1.0) for p in (0.9, 1.0) for s in (0, 1)]
+    kinds = [(r["temperature"], r["top_p"] and round(r["top_p"], 3), r["sample"], r["seed"]) for r in found]
+    assert kinds == [(*condition, seed) for condition in conditions for seed in range(20)]
+    assert len({row["request_seed"] for row in found}) == len(found)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny.tokenizer / "tokenizer.model"))
+    for row in found:
+        ids, reason = server.answer(row["prompt_ids"], row["request_seed"], row["temperature"], 24)
+        assert (row["response_ids"], row["finish_reason"], row["reencoded"]) == (ids, reason, False)
+        assert row["response"] == reference.decode(ids)
+        assert row["prompt_ids"] == reference.encode(f"[INST] {row['prompt'].strip()} [/INST]", add_bos=True)
+    asked = {(tuple(row["prompt_ids"]), row["request_seed"]) for row in found}
+    assert set(server.answered) == asked
+    assert 4 <= server.most_under_way <= 16
+    before = files(tmp_path / "out")
+    here(*asking(tiny, tmp_path / "out", server.url, *options))
+    assert files(tmp_path / "out") == before
+
+
+def test_a_server_that_tells_no_ids(tiny, here, fake_server, tmp_path):
+    server = fake_server(style="bare")
+    code, told, complaint = here(*asking(tiny, tmp_path / "out", server.url, "seeds.limit=8"))
+    assert code == 0, complaint
+    assert "takes no top_k" in told and "100% encoded again" in told
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny.tokenizer / "tokenizer.model"))
+    for row in rows(tmp_path / "out"):
+        ids, reason = server.answer(row["prompt_ids"], row["request_seed"], row["temperature"], 24)
+        ended = [2] if reason == "stop" else []
+        assert row["reencoded"] and row["finish_reason"] == reason
+        assert row["response_ids"] == reference.encode(reference.decode(ids)) + ended
+
+
+@pytest.mark.parametrize(
+    ("server", "options", "message"),
+    [
+        ({}, ["engine.model=gpt"], "refused for model 'gpt' with 404: The model `gpt` does not exist.; it has tiny"),
+        ({"shift": 400}, [], "is not in the target's vocabulary of 320"),
+        ({"text": "quite another text"}, ["batch_size=8"], "the server has another tokenizer"),
+        ({"faults": 1.0}, ["engine.patience=1"], "gave up after"),
+        (None, ["engine.patience=1"], "http://127.0.0.1:9/v1: gave up after"),
+    ],
+)
+def test_a_server_that_cannot_be_used_is_told_in_one_line(
+    tiny, refused, fake_server, tmp_path, server, options, message
+):
+    url = "http://127.0.0.1:9/v1" if server is None else fake_server(**server).url
+    assert message in refused(*asking(tiny, tmp_path / "out", url, *options))
+    assert not files(tmp_path / "out")
+
+
+def test_mistakes_in_the_configuration(tiny, refused, tmp_path):
+    for options, message in (
+        (["engine.kind=openai"], "kind openai needs url"),
+        (["seeds.dataset={path: x}"], "seeds: inputs is required, or dataset, and not both"),
+        (["seeds.prompt_field=question"], "no prompt in 'question'"),
+        (["seeds.format=dolly"], "'instruction' and 'context'"),
+        (["temperatures=[-1]"], "temperatures.0"),
+        (["max_new_tokens=250"], "set seeds.max_tokens=6"),
+    ):
+        assert message in refused(*generation(tiny, tmp_path / "out", *options))
+
+
+@pytest.fixture(scope="module")
+def served(tiny, tmp_path_factory):
+    """URL of `transformers serve` with the tiny target."""
+    pytest.importorskip("fastapi", reason="pip install 'dist-train[serve]'")
+    pytest.importorskip("openai", reason="pip install 'dist-train[serve]'")
+    transformers = Path(sys.executable).parent / "transformers"
+    port = free_port()
+    log = (tmp_path_factory.mktemp("served") / "log").open("w+")
+    command = [shutil.which(transformers), "serve", tiny.target, "--port", port, "--host", "127.0.0.1"]
+    options = ["--device", "cpu", "--dtype", "float32"]
+    process = subprocess.Popen([str(word) for word in [*command, *options]], stdout=log, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5) as answer:
+                    json.load(answer)
+                break
+            except OSError:
+                assert process.poll() is None and time.monotonic() < deadline, Path(log.name).read_text()
+                time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(20)
+
+
+def test_transformers_serve_gives_the_targets_own_answers(tiny, here, served, tmp_path):
+    options = [f"engine.model={tiny.target}", "seeds.limit=12", "temperatures=[0, 1.0]", "engine.concurrency=4"]
+    code, _, complaint = here(*asking(tiny, tmp_path / "out", served, *options))
+    assert code == 0, complaint
+    model = AutoModelForCausalLM.from_pretrained(tiny.target)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tiny.tokenizer / "tokenizer.model"))
+    found = rows(tmp_path / "out")
+    assert [row["seed"] for row in found] == [*range(12), *range(12)]
+    for row in found[:12]:
+        greedy = model.generate(
+            torch.tensor([row["prompt_ids"]]), max_new_tokens=24, do_sample=False, pad_token_id=2, eos_token_id=2
+        )[0, len(row["prompt_ids"]) :].tolist()
+        assert row["response"].strip() == reference.decode(greedy).strip()
+        assert row["finish_reason"] == ("stop" if greedy[-1] == 2 else "length")
+        assert row["reencoded"]
+    assert len({row["response"] for row in found[12:]}) == 12
+    assert read_origin(tmp_path / "out" / "unit-000000.parquet")["engine"] == "openai"
