@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from data_shards.errors import DataError
 from dist_train import __version__
 from dist_train.cli.parser import BAD_INPUT, Parser
-from dist_train.cli.stages import STAGES, add_stage, add_submit
+from dist_train.cli.slurm import add_job, add_status, add_submit
+from dist_train.cli.stages import STAGES, add_stage
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
 from dist_train.errors import UserError
 
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.function(options) or 0
     except (UserError, DataError) as error:
         _tell(f"dist-train {options.command}: {error}")
-        return BAD_INPUT
+        return getattr(error, "exit_code", BAD_INPUT)
     except KeyboardInterrupt:
         return 130
 
@@ -53,5 +54,7 @@ def _parser() -> Parser:
     for stage in STAGES:
         add_stage(commands, stage)
     add_submit(commands)
+    add_status(commands)
+    add_job(commands)
     add_checkpoint(commands)
     return parser

@@ -9,7 +9,7 @@ from typing import Any
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.drafter import TrainableDrafter, drafter_config, find_model, load_drafter, new_drafter
-from dist_train.errors import UserError
+from dist_train.errors import LostPeerError, UserError
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
 from dist_train.target import Target, check_vocabulary, read_target_config
@@ -61,7 +61,7 @@ def run(config: TrainConfig) -> None:
         except RuntimeError as error:
             if not lost_peer(error):
                 raise
-            raise UserError(
+            raise LostPeerError(
                 f"rank {runtime.rank}: another rank is gone (killed, out of memory, or a lost node; see "
                 f"{config.run.dir / LOGS}); the same command goes on from the newest checkpoint"
             ) from error
@@ -84,28 +84,40 @@ def _train(config: TrainConfig, runtime: Runtime) -> None:
 def memory_report(config: TrainConfig, world_size: int) -> str:
     """What each of `world_size` ranks will need, as YAML comments; or why that cannot be told here."""
     try:
-        estimate = _estimate(config, world_size)
+        estimate = memory_of(config, world_size)
     except UserError as error:
         return f"# memory: not estimated: {error}"
     lines = [f"#   {kind}: {amount:.2f}" for kind, amount in estimate.items() if amount]
     return "\n".join([f"# memory, estimated: {sum(estimate.values()):.2f} GiB a rank", *lines])
 
 
-def _estimate(config: TrainConfig, world_size: int) -> dict[str, float]:
-    from transformers import AutoConfig
-
+def memory_of(config: TrainConfig, world_size: int) -> dict[str, float]:
+    """GiB a rank of each kind, see memory.memory_estimate."""
     from dist_train.train.memory import memory_estimate
 
+    return memory_estimate(config, _planned_shape(config), world_size)
+
+
+def checkpoints_bytes(config: TrainConfig) -> int:
+    """What the checkpoints that are kept will take on disk, and the one that is being written."""
+    from dist_train.train.memory import parameters
+
+    copies = 4 if config.train.ema_decay else 3
+    return 4 * copies * parameters(_planned_shape(config)) * (config.checkpoint.keep + 1)
+
+
+def _planned_shape(config: TrainConfig) -> Any:
+    from transformers import AutoConfig
+
     warm = config.drafter.init_from
-    shape = AutoConfig.from_pretrained(find_model(warm)) if warm else _shape(config, load_tokenizer(config.tokenizer))
-    return memory_estimate(config, shape, world_size)
+    return AutoConfig.from_pretrained(find_model(warm)) if warm else _shape(config, load_tokenizer(config.tokenizer))
 
 
 def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
     """Print what a rank will need before anything is loaded. Raises UserError where that is not free."""
     from dist_train.train.memory import available_gib, check_fit
 
-    estimate, available = _estimate(config, runtime.world_size), min(runtime.gather(available_gib(runtime)))
+    estimate, available = memory_of(config, runtime.world_size), min(runtime.gather(available_gib(runtime)))
     if runtime.is_first:
         shown = ", ".join(f"{kind} {amount:.2f}" for kind, amount in estimate.items() if amount >= 0.005)
         print(
