@@ -82,14 +82,14 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, log: Path, timeout: float = 240) -> dict[str, str]:
-        """Wait for the end of a job. A requeued job is let start at once: SLURM would hold it for two minutes."""
+        """Wait for the end of a job, hurried where it is requeued."""
         deadline = time.monotonic() + timeout
+        pending_since = None
         while time.monotonic() < deadline:
             known = self.show(job)
             if known["JobState"] in FINISHED:
                 return known
-            if known["JobState"] == "PENDING" and known["Restarts"] != "0":
-                self.hurry(job)
+            pending_since = self._hurry(job, known, pending_since)
             time.sleep(0.3)
         said = log.read_text() if log.exists() else "no log"
         raise AssertionError(
@@ -114,12 +114,8 @@ class Cluster:
         deadline = time.monotonic() + 180
         while (known := self.show(job))["JobState"] != "RUNNING" or int(known["Restarts"]) < restarts:
             assert time.monotonic() < deadline, f"{known['JobState']}\n{log.read_text()}"
-            if known["JobState"] == "PENDING":
-                pending_since = pending_since or time.monotonic()
-                # SLURM waits for minutes before it starts a requeued job, and takes a start within the second of the
-                # old one's end for a part of that.
-                if time.monotonic() - pending_since > 3:
-                    self.hurry(job)
+            assert known["JobState"] not in FINISHED, f"{known['JobState']}\n{log.read_text()}"
+            pending_since = self._hurry(job, known, pending_since)
             time.sleep(0.3)
 
     def kill_node(self, name: str) -> None:
@@ -137,10 +133,17 @@ class Cluster:
                 ["slurmd", "-D", "-N", name], env=self.environment, stdout=out, stderr=subprocess.STDOUT
             )
 
-    def hurry(self, job: str) -> None:
-        """Let a requeued job start now; refused while it is being cleaned up, and asked again by the caller."""
-        command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-        subprocess.run(command, capture_output=True, env=self.environment, timeout=60)
+    def _hurry(self, job: str, known: dict[str, str], pending_since: float | None) -> float | None:
+        """Let a requeued job start, for which SLURM would wait two minutes; since when it is pending.
+
+        Not at once: a start within the second of the old one's end is taken for a part of that, and refused.
+        """
+        if known["JobState"] != "PENDING" or known["Restarts"] == "0":
+            return None
+        if pending_since is not None and time.monotonic() - pending_since > 3:
+            command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+            subprocess.run(command, capture_output=True, env=self.environment, timeout=60)
+        return pending_since or time.monotonic()
 
 
 @pytest.fixture(scope="session")
