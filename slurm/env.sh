@@ -4,21 +4,38 @@
 # Modules, if the site has them:
 # module load cuda/12.8
 
-# Python: the virtual environment in the folder that the job was submitted from, unless one is active already.
+# -- Python: one of two -----------------------------------------------------------------------------------------
+# 1. A virtual environment: the one in the folder that the job was submitted from, unless one is active already.
 if [[ -z ${VIRTUAL_ENV:-} && -d ${SLURM_SUBMIT_DIR:-.}/.venv ]]; then
     source "${SLURM_SUBMIT_DIR:-.}/.venv/bin/activate"
 fi
+# 2. A container with dist-train installed, by its kind of image: .sqsh or docker:// for Enroot through Pyxis, .sif for
+#    Apptainer. Then the folders that jobs see, `outside:inside`, separated by commas, and Python inside of it:
+# container=/shared/images/dist-train.sqsh
+# container_mounts=/shared:/shared,/tmp:/tmp
+# DIST_TRAIN_PYTHON=python
 
-# Compiled operators go to the node's own disk: two nodes that build in one shared folder wait for each other's locks.
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${TMPDIR:-/tmp}/dist-train-$USER/torch_extensions}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/dist-train-$USER/triton}
+# -- Disk -------------------------------------------------------------------------------------------------------
+# What compilers make goes to the node's own disk: two nodes that build in one shared folder wait for each other's
+# locks, and a home on NFS is slow.
+local_disk=${TMPDIR:-/tmp}/dist-train-${USER:-$(id -un)}
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$local_disk/torch_extensions}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_disk/triton}
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local_disk/inductor}
 
-# Compute nodes without internet: fetch targets and tokenizers on the login node (`hf download meta-llama/...`), then:
-# export HF_HUB_OFFLINE=1
+# -- Compute nodes without internet -----------------------------------------------------------------------------
+# Fetch on the login node, into a folder that all nodes see:
+#   HF_HOME=/shared/huggingface hf download meta-llama/Llama-2-7b-chat-hf        target and its tokenizer
+#   HF_HOME=/shared/huggingface hf download --repo-type dataset allenai/c4       what prepare reads by dataset=
 # export HF_HOME=/shared/huggingface
+# export HF_HUB_OFFLINE=1
 
-# NCCL, if it picks the wrong network:
-# export NCCL_SOCKET_IFNAME=ib0
-
+# -- Network ----------------------------------------------------------------------------------------------------
+# NCCL picks by itself in most places. Where it does not (NCCL_DEBUG=INFO shows what it picked):
+# export NCCL_SOCKET_IFNAME=ib0        # network of the first contact
+# export NCCL_IB_HCA=mlx5              # InfiniBand adapters, without those of the storage network
+# export NCCL_DEBUG=WARN
+# A rank that is lost is noticed, rather than waited for:
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
 # How srun talks to the site's MPI (`srun --mpi=list`), for prepare:
 # export DIST_TRAIN_MPI=pmix

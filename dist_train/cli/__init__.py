@@ -13,7 +13,8 @@ from data_shards.errors import DataError
 from dist_train import __version__
 from dist_train.cli.parser import BAD_INPUT, Parser
 from dist_train.cli.preflight import add_preflight
-from dist_train.cli.stages import STAGES, add_stage, add_submit
+from dist_train.cli.slurm import add_job, add_status, add_submit
+from dist_train.cli.stages import STAGES, add_stage
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
 from dist_train.errors import UserError
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.function(options) or 0
     except (UserError, DataError) as error:
         _tell(f"dist-train {options.command}: {error}")
-        return BAD_INPUT
+        return getattr(error, "exit_code", BAD_INPUT)
     except KeyboardInterrupt:
         return 130
 
@@ -54,6 +55,8 @@ def _parser() -> Parser:
     for stage in STAGES:
         add_stage(commands, stage)
     add_submit(commands)
+    add_status(commands)
+    add_job(commands)
     add_checkpoint(commands)
     add_preflight(commands)
     return parser

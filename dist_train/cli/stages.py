@@ -1,4 +1,4 @@
-"""The commands that read a configuration, here or on SLURM."""
+"""The commands that read a configuration."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
     parser.set_defaults(stage=stage, flags=None)
 
 
-def _load(stage: Stage, words: Sequence[str]) -> Any:
+def load(stage: Stage, words: Sequence[str]) -> Any:
     """The configuration that a file, if the first word is one, and overrides give."""
     from dist_train.config import load_config
 
@@ -134,7 +134,7 @@ def _run_stage(options: argparse.Namespace) -> int:
 
     stage: Stage = options.stage
     words = [*options.words, *(options.flags or [])]
-    config = _load(stage, words)
+    config = load(stage, words)
     module = importlib.import_module(stage.module)
     if options.dry_run:
         world_size = options.nproc or find_world().size
@@ -156,46 +156,3 @@ def _run_stage(options: argparse.Namespace) -> int:
         sys.stderr.flush()
         os._exit(0)
     return code or 0
-
-
-# -- SLURM ------------------------------------------------------------------------------------------------------
-
-
-def add_submit(commands: argparse._SubParsersAction) -> None:
-    """`submit`: a stage on SLURM."""
-    parser = add(
-        commands,
-        "submit",
-        "run a stage on SLURM, through the templates of slurm/",
-        "dist-train submit distill distill.yaml --nodes 4 --gpus-per-node 8 --time 12:00:00",
-        _run_submit,
-    )
-    parser.add_argument("stage", choices=[stage.name for stage in STAGES if stage.name != "export"])
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="as for the stage itself")
-    parser.add_argument("--nodes", type=processes, default=1, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, metavar="G", help="one task each; 0: a cluster without GPUs")
-    parser.add_argument("--tasks-per-node", type=processes, metavar="T", help="instead of one a GPU")
-    parser.add_argument("--cpus-per-task", type=processes, metavar="C")
-    parser.add_argument("--time", help="as sbatch takes it; the job saves, requeues and goes on when it is over")
-    parser.add_argument("--partition")
-    parser.add_argument("--account")
-    parser.add_argument("--after", metavar="JOB", help="start when these jobs (12:13) ended well")
-    parser.add_argument("--env", type=Path, metavar="FILE", help="the site's own version of slurm/env.sh")
-    parser.add_argument("--dry-run", action="store_true", help="print the command and the script; submit nothing")
-
-
-def _run_submit(options: argparse.Namespace) -> None:
-    from dist_train import slurm
-
-    stage = next(stage for stage in STAGES if stage.name == options.stage)
-    resources = slurm.Resources(**{field: getattr(options, field) for field in slurm.Resources.__dataclass_fields__})
-    command = slurm.sbatch_command(stage.name, options.words, resources)
-    environment = slurm.job_environment(options.env)
-    config = _load(stage, options.words)
-    if options.after is None:  # else its inputs may not be made yet
-        importlib.import_module(stage.module).check(config)
-    if options.dry_run:
-        print(slurm.describe(command, environment), end="")
-        return
-    job = slurm.submit(command, environment)
-    print(f"submitted {stage.name} as job {job}; squeue -j {job}; log {stage.name}-{job}.log")

@@ -10,6 +10,7 @@ from dist_train.config.export import ExportConfig
 from dist_train.config.generate import GenerateConfig
 from dist_train.config.prepare import PrepareConfig
 from dist_train.config.read import describe, dump_config, load_config, save_config
+from dist_train.config.slurm import PipelineConfig, PipelineStage, SlurmSection
 from dist_train.config.train import (
     LOSS_NAMES,
     CheckpointSection,
@@ -40,11 +41,14 @@ __all__ = [
     "LogSection",
     "LossSection",
     "OnPolicySection",
+    "PipelineConfig",
+    "PipelineStage",
     "PrepareConfig",
     "PretrainConfig",
     "RunSection",
     "Section",
     "SeedsSection",
+    "SlurmSection",
     "SourceSection",
     "TargetSection",
     "TaskSection",

@@ -28,10 +28,15 @@ def load_config(kind: type[ConfigType], path: Path | None, overrides: Sequence[s
         tree = _read_yaml(path)
     for override in overrides:
         _apply(tree, override)
+    return read_tree(kind, tree, str(path) if path else "arguments")
+
+
+def read_tree(kind: type[ConfigType], tree: dict[str, Any], origin: str) -> ConfigType:
+    """Validate a tree of plain values. Raises UserError with one line that begins with `origin`."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(kind, error, str(path) if path else "arguments")) from None
+        raise UserError(_explain(kind, error, origin)) from None
 
 
 def save_config(config: Section, path: Path) -> None:
@@ -104,7 +109,7 @@ def _explain(kind: type[Section], error: ValidationError, origin: str) -> str:
         elif fault["type"] == "missing":
             lines.append(f"{key} is required")
         else:
-            lines.append(f"{key}: {fault['msg'].removeprefix('Value error, ')}")
+            lines.append(f"{key}{': ' if key else ''}{fault['msg'].removeprefix('Value error, ')}")
     more = f"; and {len(faults) - 3} more" if len(faults) > 3 else ""
     return f"{origin}: {'; '.join(lines)}{more}"
 

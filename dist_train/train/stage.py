@@ -12,7 +12,7 @@ from typing import Any
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, read_drafter_config
-from dist_train.errors import UserError
+from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
@@ -72,7 +72,7 @@ def run(config: TrainConfig) -> None:
         except RuntimeError as error:
             if not lost_peer(error):
                 raise
-            raise UserError(
+            raise LostPeerError(
                 f"rank {runtime.rank}: another rank is gone (killed, out of memory, or a lost node; see "
                 f"{config.run.dir / LOGS}); the same command goes on from the newest checkpoint"
             ) from error
@@ -120,9 +120,20 @@ def estimate_memory(config: TrainConfig, world_size: int) -> dict[str, float]:
     """GiB a rank of each kind. Raises UserError where the drafter's or the target's sizes cannot be told here."""
     from dist_train.train.memory import memory_estimate
 
+    return memory_estimate(config, _planned_shape(config), world_size)
+
+
+def checkpoints_bytes(config: TrainConfig) -> int:
+    """What the checkpoints that are kept will take on disk, and the one that is being written."""
+    from dist_train.train.memory import parameters
+
+    copies = 4 if config.train.ema_decay else 3
+    return 4 * copies * parameters(_planned_shape(config)) * (config.checkpoint.keep + 1)
+
+
+def _planned_shape(config: TrainConfig) -> Any:
     warm = config.drafter.init_from
-    shape = read_drafter_config(warm) if warm else _shape(config, load_tokenizer(config.tokenizer))
-    return memory_estimate(config, shape, world_size)
+    return read_drafter_config(warm) if warm else _shape(config, load_tokenizer(config.tokenizer))
 
 
 def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:

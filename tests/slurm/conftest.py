@@ -5,6 +5,7 @@ Everything is in a temporary folder and on private ports, and is ended by PID.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,10 @@ SlurmdTimeout=30
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 GresTypes=gpu
 {nodes}
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=n1,n2 MaxTime=10 State=UP OverSubscribe=NO PriorityTier=2
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} Gres=gpu:2 State=UNKNOWN"
 FINISHED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE"}
@@ -63,6 +67,7 @@ class Cluster:
 
     root: Path
     environment: dict[str, str]
+    daemons: dict[str, subprocess.Popen[bytes]]
 
     def run(self, *command: object, cwd: Path | None = None, expect: int = 0) -> subprocess.CompletedProcess[str]:
         """Run a command of SLURM's, or any other, in the cluster's environment."""
@@ -77,24 +82,68 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def wait(self, job: str, log: Path, timeout: float = 240) -> dict[str, str]:
-        """Wait for the end of a job. A requeued job is let start at once: SLURM would hold it for two minutes."""
+        """Wait for the end of a job, hurried where it is requeued."""
         deadline = time.monotonic() + timeout
+        pending_since = None
         while time.monotonic() < deadline:
             known = self.show(job)
             if known["JobState"] in FINISHED:
                 return known
-            if known["JobState"] == "PENDING" and known["Restarts"] != "0":
-                self.hurry(job)
+            pending_since = self._hurry(job, known, pending_since)
             time.sleep(0.3)
         said = log.read_text() if log.exists() else "no log"
         raise AssertionError(
             f"job {job} is still {known['JobState']} ({known.get('Reason')}) after {timeout} s\n{said}"
         )
 
-    def hurry(self, job: str) -> None:
-        """Let a requeued job start now; refused while it is being cleaned up, and asked again by the caller."""
-        command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
-        subprocess.run(command, capture_output=True, env=self.environment, timeout=60)
+    def submit(self, *words: object, cwd: Path) -> str:
+        """Hand a script to sbatch; the job's id."""
+        return self.run("sbatch", "--parsable", *words, cwd=cwd).stdout.strip()
+
+    def until(self, what: str, true: Callable[[], object], log: Path, timeout: float = 180) -> None:
+        """Wait for something, or fail with the job's log."""
+        deadline = time.monotonic() + timeout
+        while not true():
+            said = log.read_text() if log.exists() else "no log"
+            assert time.monotonic() < deadline, f"after {timeout} s not true: {what}\n{said}"
+            time.sleep(0.2)
+
+    def until_restarted(self, job: str, restarts: int, log: Path) -> None:
+        """Wait until a job runs for the `restarts`-th time after its first, hurried on its way."""
+        pending_since = None
+        deadline = time.monotonic() + 180
+        while (known := self.show(job))["JobState"] != "RUNNING" or int(known["Restarts"]) < restarts:
+            assert time.monotonic() < deadline, f"{known['JobState']}\n{log.read_text()}"
+            assert known["JobState"] not in FINISHED, f"{known['JobState']}\n{log.read_text()}"
+            pending_since = self._hurry(job, known, pending_since)
+            time.sleep(0.3)
+
+    def kill_node(self, name: str) -> None:
+        """What a node that loses its power looks like: its daemon and all that runs on it are gone at once."""
+        self.daemons[name].kill()
+        self.daemons[name].wait()
+        for pid in _processes_on(name):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def start_node(self, name: str) -> None:
+        """Start a node's daemon."""
+        with (self.root / f"slurmd-{name}.out").open("ab") as out:
+            self.daemons[name] = subprocess.Popen(
+                ["slurmd", "-D", "-N", name], env=self.environment, stdout=out, stderr=subprocess.STDOUT
+            )
+
+    def _hurry(self, job: str, known: dict[str, str], pending_since: float | None) -> float | None:
+        """Let a requeued job start, for which SLURM would wait two minutes; since when it is pending.
+
+        Not at once: a start within the second of the old one's end is taken for a part of that, and refused.
+        """
+        if known["JobState"] != "PENDING" or known["Restarts"] == "0":
+            return None
+        if pending_since is not None and time.monotonic() - pending_since > 3:
+            command = ["scontrol", "update", f"JobId={job}", "StartTime=now"]
+            subprocess.run(command, capture_output=True, env=self.environment, timeout=60)
+        return pending_since or time.monotonic()
 
 
 @pytest.fixture(scope="session")
@@ -117,21 +166,22 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "OMP_NUM_THREADS": "1",
         "USER": os.environ.get("USER", "root"),
     }
-    daemons: list[subprocess.Popen[bytes]] = []
+    cluster = Cluster(root, environment, {})
     try:
-        _start_daemons(root, environment, daemons)
-        yield Cluster(root, environment)
+        _start_daemons(cluster)
+        yield cluster
     finally:
-        for daemon in reversed(daemons):
+        for daemon in reversed(cluster.daemons.values()):
             daemon.send_signal(signal.SIGTERM)
-        for daemon in daemons:
+        for daemon in cluster.daemons.values():
             try:
                 daemon.wait(20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
 
 
-def _start_daemons(root: Path, environment: dict[str, str], daemons: list[subprocess.Popen[bytes]]) -> None:
+def _start_daemons(cluster: Cluster) -> None:
+    root, environment = cluster.root, cluster.environment
     host = socket.gethostname().split(".")[0]
     (root / "munge.key").write_bytes(os.urandom(128))
     (root / "munge.key").chmod(0o400)
@@ -149,7 +199,8 @@ def _start_daemons(root: Path, environment: dict[str, str], daemons: list[subpro
 
     def start(*command: str) -> None:
         with (root / f"{command[0]}.out").open("ab") as out:
-            daemons.append(subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT))
+            daemon = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        cluster.daemons[command[0]] = daemon
 
     start(
         "munged",
@@ -160,13 +211,27 @@ def _start_daemons(root: Path, environment: dict[str, str], daemons: list[subpro
     _until("munged answers", lambda: (root / "munge.socket").exists(), root)
     start("slurmctld", "-D")
     for name in ("n1", "n2"):
-        start("slurmd", "-D", "-N", name)
+        cluster.start_node(name)
 
     def idle() -> bool:
-        told = subprocess.run(["sinfo", "-h", "-o", "%T %D"], capture_output=True, text=True, env=environment)
+        command = ["sinfo", "-h", "-p", "all", "-o", "%T %D"]
+        told = subprocess.run(command, capture_output=True, text=True, env=environment)
         return told.stdout.strip() == "idle 2"
 
     _until("both nodes are idle", idle, root)
+
+
+def _processes_on(node: str) -> list[int]:
+    """The tasks of a node, by a variable that SLURM gives to each, and the step daemons that they are children of."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if f"SLURMD_NODENAME={node}\0".encode() in (folder / "environ").read_bytes():
+                found.add(int(folder.name))
+                parent = (folder / "status").read_text().split("PPid:")[1].split()[0]
+                if (Path("/proc") / parent / "cmdline").read_bytes().startswith(b"slurmstepd:"):
+                    found.add(int(parent))
+    return sorted(found)
 
 
 MUNGE_FILES = {

@@ -1,45 +1,17 @@
-"""The batch scripts, submitted to a real SLURM of two nodes."""
+"""The batch scripts, submitted by hand to a real SLURM of two nodes."""
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from pathlib import Path
+import urllib.request
 
 import pytest
-import torch
-from runs import weights
+from slurm_jobs import TEMPLATES, TWO_NODES, journal, site
 
-TEMPLATES = Path(__file__).parents[2] / "slurm"
 STAGES = ("prepare", "pretrain", "generate", "distill", "evaluate")
-TWO_NODES = ("--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
 
 
-def training(tiny, out, *more, steps):
-    return [
-        f"run.dir={out}",
-        f"tokenizer={tiny.tokenizer}",
-        *tiny.data("corpus"),
-        "drafter.hidden_size=16",
-        "drafter.layers=2",
-        "drafter.heads=2",
-        "drafter.mlp_size=32",
-        "drafter.max_positions=256",
-        f"train.steps={steps}",
-        "train.global_batch=4",
-        "train.micro_batch=2",
-        "train.precision=fp32",
-        "checkpoint.every=1000000",
-        *more,
-    ]
-
-
-def steps_of(run):
-    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [*STAGES, "tensorboard"])
 def test_a_template_is_shell_that_sbatch_accepts(slurm, stage, tmp_path):
     """The site's defaults: eight GPUs a node, which this cluster does not have and says so."""
     slurm.run("bash", "-n", TEMPLATES / f"{stage}.sbatch")
@@ -49,11 +21,8 @@ def test_a_template_is_shell_that_sbatch_accepts(slurm, stage, tmp_path):
 def test_prepare_by_mpi_on_two_nodes_gives_the_bytes_of_one_process(slurm, tiny, cli, tmp_path):
     keys = [f"inputs={tiny.root / 'text.jsonl'}", f"tokenizer={tiny.tokenizer}", "shard_bytes=4096"]
     cli("prepare", *keys, f"out={tmp_path / 'one'}")
-    script = TEMPLATES / "prepare.sbatch"
     options = ("--nodes=2", "--ntasks-per-node=1")
-    job = slurm.run(
-        "sbatch", "--parsable", *options, script, *keys, f"out={tmp_path / 'two'}", cwd=tmp_path
-    ).stdout.strip()
+    job = slurm.submit(*options, TEMPLATES / "prepare.sbatch", *keys, f"out={tmp_path / 'two'}", cwd=tmp_path)
     log = tmp_path / f"prepare-{job}.log"
     assert slurm.wait(job, log)["JobState"] == "COMPLETED", log.read_text()
     assert "2 ranks" in log.read_text()
@@ -70,119 +39,79 @@ def test_srun_without_its_mpi_is_an_error_that_names_the_mend(slurm, tiny, tmp_p
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_is_noticed_and_requeued_equals_an_undisturbed_one(slurm, tiny, cli, tmp_path):
-    """SLURM's notice before the time limit: saved, requeued, resumed, on two nodes."""
-    cli("pretrain", *training(tiny, tmp_path / "plain", steps=600), "--nproc", 2)
-    script = TEMPLATES / "pretrain.sbatch"
-    job = slurm.run(
-        "sbatch", "--parsable", *TWO_NODES, script, *training(tiny, tmp_path / "run", steps=600), cwd=tmp_path
-    ).stdout.strip()
-    log = tmp_path / f"pretrain-{job}.log"
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    for after in (50, 200):
-        _until_step(slurm, job, metrics, after, log)
-        slurm.run("scancel", "--batch", "--signal=USR1", job)
-        _until_requeued(slurm, job, log)
-    known = slurm.wait(job, log)
-    said = log.read_text()
-    assert (known["JobState"], known["Restarts"]) == ("COMPLETED", "2"), said
-    assert said.count("resuming at step") == 2
-    assert steps_of(tmp_path / "run") == list(range(1, 601))
-    plain, run = weights(tmp_path / "plain"), weights(tmp_path / "run")
-    assert all(torch.equal(plain[name], run[name]) for name in plain)
-
-
-def test_a_failing_stage_ends_its_job_and_the_chain(slurm, tiny, tmp_path):
-    """A fault is not requeued, and what waits for the job is cancelled."""
-    keys = training(tiny, tmp_path / "run", "train.learning_rate=1e30", steps=50)
-    first = slurm.run(
-        "sbatch", "--parsable", *TWO_NODES, TEMPLATES / "pretrain.sbatch", *keys, cwd=tmp_path
-    ).stdout.strip()
-    second = slurm.run(
-        "sbatch",
-        "--parsable",
-        f"--dependency=afterok:{first}",
-        *TWO_NODES,
-        TEMPLATES / "pretrain.sbatch",
-        *keys,
-        cwd=tmp_path,
-    ).stdout.strip()
-    log = tmp_path / f"pretrain-{first}.log"
-    known = slurm.wait(first, log)
-    assert (known["JobState"], known["Restarts"]) == ("FAILED", "0"), log.read_text()
-    assert "lower train.learning_rate" in log.read_text()
-    assert slurm.wait(second, log)["JobState"] == "CANCELLED"
-
-
-def test_submit_checks_and_submits_with_a_site_env(slurm, tiny, tmp_path):
-    """The rest of the stages, through `dist-train submit`."""
-    site = tmp_path / "site.sh"
-    site.write_text("echo the site has spoken\n")
-    submit = [sys.executable, "-m", "dist_train", "submit"]
-    place = ["--nodes", 2, "--gpus-per-node", 1, "--cpus-per-task", 1, "--env", site]
+def test_an_element_of_an_array_that_failed_is_repeated_alone(slurm, tiny, tmp_path):
     lines = tmp_path / "seeds.jsonl"
-    lines.write_text("".join(json.dumps({"prompt": f"Say word {number}"}) + "\n" for number in range(8)))
-    target = [f"target.path={tiny.target}", "target.precision=fp32"]
-    generate = [*target, f"seeds.inputs={lines}", f"out={tmp_path / 'answers'}", "max_new_tokens=8", "batch_size=4"]
-    evaluate = [
-        *target,
-        f"drafters={{base: {tiny.drafter}}}",
-        f"tasks=[{{name: words, inputs: {lines}}}]",
-        f"out={tmp_path / 'results'}",
-        "max_new_tokens=8",
-        "token_rate.prompts=0",
-    ]
-    distill = training(tiny, tmp_path / "run", *target, steps=3)
-    jobs = {}
-    for stage, keys in (("generate", generate), ("distill", distill), ("evaluate", evaluate)):
-        told = slurm.run(*submit, stage, *keys, *place, cwd=tmp_path).stdout
-        jobs[stage] = told.split("as job ")[1].split(";")[0]
-    for stage, job in jobs.items():
-        log = tmp_path / f"{stage}-{job}.log"
-        assert slurm.wait(job, log)["JobState"] == "COMPLETED", log.read_text()
-        assert "the site has spoken" in log.read_text()
-    assert list((tmp_path / "answers").glob("unit-*.parquet"))
-    assert steps_of(tmp_path / "run") == [1, 2, 3]
-    assert (tmp_path / "results" / "results.md").exists()
+    lines.write_text("".join(f'{{"prompt": "Say word {number}"}}\n' for number in range(6)))
+    out = tmp_path / "answers"
+    keys = [f"target.path={tiny.target}", "target.precision=fp32", f"seeds.inputs={lines}", f"out={out}"]
+    keys += ["max_new_tokens=4", "batch_size=3", "temperatures=[0.0]"]
+    fault = "if stage == 'generate' and os.environ['SLURM_ARRAY_TASK_ID'] == '1' and not os.path.exists('mended'):\n"
+    fault += "    sys.exit('dist-train generate: the disk of this node is gone')"
+    place = (f"--export=ALL,DIST_TRAIN_ENV={site(tmp_path, patch=fault)}", "--nodes=1", "--gpus-per-node=1")
+    place += ("--ntasks-per-node=1", "--cpus-per-task=1", TEMPLATES / "generate.sbatch")
+    first = slurm.submit("--array=0-1", *place, *keys, cwd=tmp_path)
+    states = {}
+    for element in ("0", "1"):
+        log = tmp_path / f"generate-{first}_{element}.log"
+        states[element] = slurm.wait(f"{first}_{element}", log)["JobState"]
+    assert states == {"0": "COMPLETED", "1": "FAILED"}, log.read_text()
+    assert "the disk of this node is gone" in journal(out, f"{first}_1")[-1]["said"]
+    answers = {path.name: path.stat().st_mtime_ns for path in out.glob("unit-*.parquet")}
+    assert len(answers) == 2
+
+    (tmp_path / "mended").touch()
+    again = slurm.submit("--array=1", *place, *keys, cwd=tmp_path)
+    log = tmp_path / f"generate-{again}_1.log"
+    assert slurm.wait(f"{again}_1", log)["JobState"] == "COMPLETED", log.read_text()
+    assert {path.name: path.stat().st_mtime_ns for path in out.glob("unit-*.parquet")} == answers
 
 
-def test_submit_refuses_before_slurm_is_asked(slurm, tiny, tmp_path):
-    submit = [sys.executable, "-m", "dist_train", "submit", "pretrain"]
-    keys = training(tiny, tmp_path / "run", steps=3)
-    told = slurm.run(*submit, *keys, "data.sources.0.path=nowhere", cwd=tmp_path, expect=2)
-    assert "nowhere" in told.stderr and "Traceback" not in told.stderr
-    told = slurm.run(*submit, *keys, "--env", "nowhere.sh", cwd=tmp_path, expect=2)
-    assert "nowhere.sh: no such file" in told.stderr
-    told = slurm.run(*submit, *keys, "--partition", "moon", cwd=tmp_path, expect=2)
-    assert "sbatch refused: " in told.stderr and "partition" in told.stderr
+def test_tensorboard_is_reached_as_its_log_says(slurm, tiny, tmp_path):
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path / "runs" / "one")) as writer:
+        writer.add_scalar("train/loss", 1.0, 1)
+    job = slurm.submit("--cpus-per-task=1", TEMPLATES / "tensorboard.sbatch", tmp_path / "runs", cwd=tmp_path)
+    log = tmp_path / f"tensorboard-{job}.log"
+    try:
+        slurm.until("it says where it is", lambda: log.exists() and "6006:" in log.read_text(), log)
+        node, port = log.read_text().split("6006:")[1].split()[0].split(":")
+
+        def runs():
+            try:
+                with urllib.request.urlopen(f"http://{node}:{port}/data/runs", timeout=5) as answer:
+                    return answer.read().decode() == '["one"]'
+            except OSError:
+                return False
+
+        slurm.until("it shows the run", runs, log, timeout=120)
+    finally:
+        slurm.run("scancel", job)
 
 
-def test_dry_run_prints_the_script_and_submits_nothing(slurm, tiny, cli, tmp_path):
-    before = slurm.run("squeue", "-h", "-a").stdout
-    keys = training(tiny, tmp_path / "run", steps=3)
-    told = cli("submit", "pretrain", *keys, "--nodes", 4, "--gpus-per-node", 8, "--dry-run").stdout
-    assert "--nodes=4 --gpus-per-node=8 --ntasks-per-node=8" in told
-    assert (TEMPLATES / "pretrain.sbatch").read_text() in told
-    assert slurm.run("squeue", "-h", "-a").stdout == before
-
-
-def _until_step(slurm, job, metrics, step, log):
-    deadline = time.monotonic() + 180
-    while not metrics.exists() or len(metrics.read_text().splitlines()) < step:
-        assert time.monotonic() < deadline, log.read_text() if log.exists() else slurm.show(job)
-        time.sleep(0.05)
-
-
-def _until_requeued(slurm, job, log):
-    restarts = int(slurm.show(job)["Restarts"])
-    deadline = time.monotonic() + 120
-    pending_since = None
-    while (known := slurm.show(job))["JobState"] != "RUNNING" or int(known["Restarts"]) == restarts:
-        assert time.monotonic() < deadline, f"{known['JobState']}\n{log.read_text()}"
-        if known["JobState"] == "PENDING":
-            pending_since = pending_since or time.monotonic()
-            # SLURM waits for minutes before it starts a requeued job, and takes a start within the second of the old
-            # one's end for a part of that.
-            if time.monotonic() - pending_since > 3:
-                slurm.hurry(job)
-        time.sleep(0.3)
+@pytest.mark.parametrize("kind", ["apptainer", "pyxis"])
+def test_a_container_is_one_line_in_env(slurm, tiny, tmp_path, kind):
+    """Stand-ins for Apptainer, and for srun with Pyxis: they write down the image and run what they are given."""
+    stand_in = {
+        "apptainer": 'while [[ $1 != *.sif ]]; do shift; done\necho "image $1" >&2\nshift\nexec "$@"\n',
+        "srun": 'given=()\nfor word in "$@"; do\n    case $word in\n    --container-*) echo "$word" ;;\n'
+        '    *) given+=("$word") ;;\n    esac\ndone\nexec /usr/bin/srun "${given[@]}"\n',
+    }
+    name = {"apptainer": "apptainer", "pyxis": "srun"}[kind]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{stand_in[name]}")
+    (tmp_path / "bin" / name).chmod(0o755)
+    image = {"apptainer": "/images/dist-train.sif", "pyxis": "/images/dist-train.sqsh"}[kind]
+    env = site(tmp_path, f"PATH={tmp_path}/bin:$PATH", f"container={image}", "container_mounts=/shared:/shared")
+    out = tmp_path / "out"
+    keys = [f"inputs={tiny.root / 'text.jsonl'}", f"tokenizer={tiny.tokenizer}", f"out={out}"]
+    job = slurm.submit(
+        f"--export=ALL,DIST_TRAIN_ENV={env}", "--ntasks-per-node=2", TEMPLATES / "prepare.sbatch", *keys, cwd=tmp_path
+    )
+    log = tmp_path / f"prepare-{job}.log"
+    assert slurm.wait(job, log)["JobState"] == "COMPLETED", log.read_text()
+    said = log.read_text()
+    assert "2 ranks" in said
+    assert [line["event"] for line in journal(out, job)] == ["start", "end"], said
+    shown = {"apptainer": f"image {image}", "pyxis": f"--container-image={image}\n--container-mounts=/shared:/shared"}
+    assert shown[kind] in said

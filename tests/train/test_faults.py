@@ -98,10 +98,12 @@ def test_a_hung_collective_ends_with_every_stack(tiny, tmp_path):
     done = patched(HANG, 2, *command, check=False, timeout=120)
     assert time.monotonic() - began < 100
     # The first that gives up breaks the other's collective.
-    assert {one.returncode for one in done} in ({75}, {2, 75})
+    assert {one.returncode for one in done} == {75}
+    hung = [rank for rank, one in enumerate(done) if f"rank {rank}: no step finished for 5 s" in one.stderr]
+    assert hung
     for rank, one in enumerate(done):
-        if one.returncode == 75:
-            assert f"rank {rank}: no step finished for 5 s after step 3" in one.stderr
+        if rank in hung:
+            assert "after step 3" in one.stderr
             assert ("slow" if rank else "all_reduce") in one.stderr  # where it stood
         else:
             assert f"rank {rank}: another rank is gone" in one.stderr
@@ -111,7 +113,7 @@ def test_a_rank_that_is_gone_is_told_by_the_others(tiny, tmp_path):
     """Without a launcher that would stop them."""
     patch = HANG.replace("time.sleep(600)", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     done = patched(patch, 2, *distillation(tiny, tmp_path / "run", steps=10), check=False, timeout=120)
-    assert done[0].returncode == 2
+    assert done[0].returncode == 75  # the same command goes on
     assert "rank 0: another rank is gone" in done[0].stderr
     assert done[0].stderr.count("\n") == 1, done[0].stderr
 

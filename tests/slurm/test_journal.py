@@ -1,0 +1,129 @@
+"""What a job's starts and ends are taken for, and how a run's figures are summed up; no SLURM needed."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from dist_train.slurm import journal
+from dist_train.slurm.checks import _minutes
+from dist_train.slurm.standing import Standing, standing
+from dist_train.slurm.status import status
+
+AT = [Standing(step, 100, "step", step == 100) for step in range(101)]
+
+
+def job(start):
+    return journal.Job("12", start, "n[1-2]")
+
+
+def test_an_element_of_an_array_has_a_name_of_its_own():
+    place = {"SLURM_JOB_ID": "15", "SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "3", "SLURM_RESTART_COUNT": "2"}
+    assert journal.Job.here(place) == journal.Job("15_3", 3, "")
+    assert journal.Job.here({"SLURM_JOB_ID": "15"}) == journal.Job("15", 1, "")
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "at", "goes_on"),
+    [
+        (0, "time limit", 40, journal.REQUEUE),
+        (0, "time limit", 100, 0),  # the notice came with the last step
+        (138, "time limit", 40, journal.REQUEUE),  # before it listened
+        (2, "time limit", 40, 0),  # a fault is a fault, notice or not
+        (0, "preemption", 40, journal.REQUEUE),
+        (0, "", 40, journal.REQUEUE),  # a signal to the step alone
+        (0, "", 100, 0),
+        (75, "", 40, journal.REQUEUE),
+        (137, "", 40, journal.REQUEUE),
+        (1, "", 40, 0),
+        (1, "node failure", 40, journal.REQUEUE),
+        (143, "cancelled", 40, 0),
+        (143, "killed at the time limit", 40, 0),
+    ],
+)
+def test_what_goes_on_and_what_does_not(tmp_path, code, reason, at, goes_on):
+    journal.begin(tmp_path, "pretrain", job(1), AT[20])
+    assert journal.end(tmp_path, "pretrain", job(1), AT[at], code, reason, None).code == goes_on
+
+
+def test_the_fault_of_a_rank_counts_and_not_what_srun_did_to_the_others(tmp_path):
+    log = tmp_path / "log"
+    log.write_text(
+        "[..] job 12, start 1: pretrain on n[1-2]\ndist-train pretrain: an old fault\n"
+        "[..] job 12, start 2: pretrain on n[1-2]\ndist-train pretrain: lower it\n"
+        "srun: error: n2: task 1: Exited with exit code 2\nsrun: error: n1: task 0: Terminated\n"
+    )
+    journal.begin(tmp_path, "pretrain", job(2), AT[0])
+    assert journal.end(tmp_path, "pretrain", job(2), AT[0], 143, "", log).code == 0
+    ended = journal.read(tmp_path)["12"][-1]
+    assert (ended["code"], ended["reason"], ended["said"]) == (2, "error", "dist-train pretrain: lower it")
+
+
+def test_why_a_job_was_started_again(tmp_path):
+    journal.begin(tmp_path, "pretrain", job(1), AT[0])
+    journal.end(tmp_path, "pretrain", job(1), AT[10], 0, "time limit", None)
+    journal.begin(tmp_path, "pretrain", job(2), AT[10])  # and no end: the batch script's own node
+    journal.begin(tmp_path, "pretrain", job(3), AT[20])
+    journal.begin(tmp_path, "pretrain", job(4), AT[30], last_state="NODE_FAIL")  # where there is accounting
+    found = [line["because"] for line in journal.read(tmp_path)["12"] if line["event"] == "start"]
+    assert found == ["submitted", "time limit", "node failure, or killed without notice", "node failure"]
+
+
+def test_starts_without_progress_are_counted_from_the_last_progress(tmp_path):
+    for start, at in ((1, 0), (2, 0), (3, 10), (4, 10)):
+        assert journal.begin(tmp_path, "pretrain", job(start), AT[at], most=3).code == 0
+    assert journal.end(tmp_path, "pretrain", job(4), AT[10], 75, "", None, most=3).code == journal.REQUEUE
+    assert journal.begin(tmp_path, "pretrain", job(5), AT[10], most=3).code == 0
+    ended = journal.end(tmp_path, "pretrain", job(5), AT[10], 75, "", None, most=3)
+    assert ended.code == journal.STOP and "3 starts without progress" in ended.said
+    assert journal.begin(tmp_path, "pretrain", job(6), AT[10], most=3).code == journal.STOP
+    assert journal.begin(tmp_path, "pretrain", job(7), AT[11], most=3).code == 0
+
+
+def test_requeues_are_bounded_also_with_progress(tmp_path):
+    journal.begin(tmp_path, "pretrain", job(6), AT[1])
+    said = journal.end(tmp_path, "pretrain", job(6), AT[2], 0, "time limit", None, most_starts=5)
+    assert said.code == journal.STOP and "5 requeues" in said.said
+
+
+def test_a_torn_line_of_a_journal_is_passed_over(tmp_path):
+    journal.note(tmp_path, "12", "submitted", stage="pretrain")
+    with (tmp_path / "_slurm-12.jsonl").open("a") as file:
+        file.write('{"event": "sta')
+    assert [line["event"] for line in journal.read(tmp_path)["12"]] == ["submitted"]
+
+
+def test_standing_counts_what_is_committed(tmp_path):
+    for name in ("step-00000005", "step-00000010", "step-00000015.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    assert standing("pretrain", tmp_path, 12) == Standing(10, 12, "step", False)
+    assert standing("distill", tmp_path, 10).finished
+    (tmp_path / "unit-000000.parquet").touch()
+    assert str(standing("generate", tmp_path)) == "1 batch"
+
+
+def test_time_left_is_of_the_pace_and_not_of_the_queue(tmp_path):
+    """100 steps of half a second, a night in the queue between them; 300 are left."""
+    now = time.time()
+    times = [now - 50_000 + step / 2 for step in range(50)] + [now - 25 + step / 2 for step in range(50)]
+    lines = [
+        {"step": step, "time": at, "train/loss": 3.0, "train/acceptance": 0.5, "progress/tokens": 8 * step}
+        for step, at in enumerate(times, start=1)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.yaml").write_text("train: {steps: 400}\ntarget: {path: x}\n")
+    first, committed, left = status(tmp_path)
+    assert first == "distill: step 100 of 400 (25%), 800 tokens, loss 3.0000, acceptance 0.5000"
+    assert committed == "  committed: 0 of 400 steps"
+    assert left.startswith("  2 min left at 0.5 s a step")
+
+
+@pytest.mark.parametrize(
+    ("limit", "minutes"),
+    [("90", 90), ("1:30", 1.5), ("2:00:00", 120), ("1-0", 1440), ("1-02:30", 1590), ("infinite", None)],
+)
+def test_time_is_read_in_each_of_sbatchs_forms(limit, minutes):
+    assert _minutes(limit) == minutes

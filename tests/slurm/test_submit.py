@@ -1,0 +1,179 @@
+"""`dist-train submit` and `dist-train status`."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+from slurm_jobs import TEMPLATES, journal, steps_of, training
+
+SUBMIT = [sys.executable, "-m", "dist_train", "submit"]
+
+
+def as_tree(keys):
+    """The overrides of a stage as the mapping that a pipeline's file has."""
+    tree = {}
+    for key in keys:
+        name, value = key.split("=", 1)
+        node = tree
+        for part in name.split(".")[:-1]:
+            node = node.setdefault(part, {})
+        node[name.split(".")[-1]] = yaml.safe_load(value)
+    return tree
+
+
+@pytest.fixture
+def stages(tiny, tmp_path):
+    """The method from seeds to results, as the stages of a pipeline."""
+    lines = tmp_path / "seeds.jsonl"
+    lines.write_text("".join(json.dumps({"prompt": f"Say word {number}"}) + "\n" for number in range(8)))
+    target = [f"target.path={tiny.target}", "target.precision=fp32"]
+    generate = [*target, f"seeds.inputs={lines}", f"out={tmp_path / 'answers'}", "max_new_tokens=8", "batch_size=4"]
+    prepare = [f"inputs={tmp_path / 'answers'}", "format=chat", f"tokenizer={tiny.tokenizer}"]
+    prepare += [f"out={tmp_path / 'shards'}", f"sequence_length={tiny.sequence_length}"]
+    distill = training(tiny, tmp_path / "run", *target, f"data.sources=[{{path: {tmp_path / 'shards'}}}]", steps=3)
+    evaluate = [*target, f"drafters={{base: {tmp_path / 'run'}}}", f"tasks=[{{name: words, inputs: {lines}}}]"]
+    evaluate += [f"out={tmp_path / 'results'}", "max_new_tokens=8", "token_rate.prompts=0"]
+    one = {"nodes": 1, "tasks_per_node": 1, "gpus_per_node": 0}
+    return {
+        "generate": {"config": as_tree(generate)},
+        "answers": {"stage": "prepare", "config": as_tree(prepare), "slurm": one},
+        "distill": {"config": as_tree(distill)},
+        "evaluate": {"config": as_tree(evaluate), "slurm": {"nodes": 1}},
+    }
+
+
+def pipeline(tmp_path, stages, **slurm):
+    site = tmp_path / "site.sh"
+    site.write_text("echo the site has spoken\n")
+    asked = {"nodes": 2, "gpus_per_node": 1, "cpus_per_task": 1, "env": str(site), **slurm}
+    path = tmp_path / "pipeline.yaml"
+    path.write_text(yaml.safe_dump({"slurm": asked, "stages": stages}, sort_keys=False))
+    return path
+
+
+def jobs_in(told):
+    return [line.split("as job ")[1].split(";")[0] for line in told.splitlines() if line.startswith("submitted")]
+
+
+def test_a_pipeline_is_one_command(slurm, stages, tmp_path):
+    told = slurm.run(*SUBMIT, "pipeline", pipeline(tmp_path, stages), cwd=tmp_path).stdout
+    jobs = jobs_in(told)
+    assert len(jobs) == 4
+    for stage, job in zip(("generate", "prepare", "distill", "evaluate"), jobs, strict=True):
+        log = tmp_path / (f"{stage}-{job}_0.log" if stage == "generate" else f"{stage}-{job}.log")
+        assert slurm.wait(job, log)["JobState"] == "COMPLETED", log.read_text()
+        assert "the site has spoken" in log.read_text()
+    assert list((tmp_path / "answers").glob("unit-*.parquet"))
+    assert steps_of(tmp_path / "run") == [1, 2, 3]
+    assert (tmp_path / "results" / "results.md").exists()
+    watched = next(line for line in told.splitlines() if line.startswith("watch: dist-train ")).split()[2:]
+    shown = slurm.run(sys.executable, "-m", "dist_train", *watched, cwd=tmp_path).stdout
+    assert "distill: step 3 of 3 (100%), 384 tokens, loss" in shown and "acceptance" in shown
+    assert shown.count("finished") == 4, shown
+
+
+def test_a_failing_stage_stops_the_chain_with_its_reason(slurm, tiny, tmp_path):
+    """A fault is not requeued, what waits for the job is cancelled, and `status` says why, two jobs further on."""
+    bad = training(tiny, tmp_path / "one", "train.learning_rate=1e30", steps=50)
+    then = training(tiny, tmp_path / "two", f"drafter.init_from={tmp_path / 'one'}", steps=2)
+    last = training(tiny, tmp_path / "three", f"drafter.init_from={tmp_path / 'two'}", steps=2)
+    stages = {
+        name: {"stage": "pretrain", "config": as_tree(keys)}
+        for name, keys in (("one", bad), ("two", then), ("three", last))
+    }
+    first, second, third = jobs_in(slurm.run(*SUBMIT, "pipeline", pipeline(tmp_path, stages), cwd=tmp_path).stdout)
+    log = tmp_path / f"pretrain-{first}.log"
+    known = slurm.wait(first, log)
+    assert (known["JobState"], known["Restarts"]) == ("FAILED", "0"), log.read_text()
+    assert slurm.wait(second, log)["JobState"] == slurm.wait(third, log)["JobState"] == "CANCELLED"
+    shown = slurm.run(sys.executable, "-m", "dist_train", "status", tmp_path / "three").stdout
+    assert "CANCELLED" in shown
+    assert f"job {first} ({tmp_path / 'one'}), on which it depends, failed with code 2: dist-train pretrain: " in shown
+    assert "lower train.learning_rate" in shown
+    assert journal(tmp_path / "one", first)[-1]["reason"] == "error"
+
+
+def test_submit_refuses_before_slurm_is_asked(slurm, tiny, tmp_path):
+    before = slurm.run("squeue", "-h", "-a", "-t", "all").stdout
+    keys = training(tiny, tmp_path / "run", steps=3)
+    small = ("--gpus-per-node", "1")
+    for more, complaint in (
+        (("data.sources.0.path=nowhere",), "nowhere"),
+        (("--env", "nowhere.sh", *small), "nowhere.sh: no such file"),
+        (("--partition", "moon"), "no partition moon here; there are all, urgent"),
+        ((), "1 nodes with 8 GPUs each are asked for; partition all has 2 nodes with at most 2"),
+        (("--nodes", "3", *small), "3 nodes with 1 GPUs"),
+        (("--partition", "urgent", "--time", "1:00:00", *small), "--time 1:00:00 is more than partition urgent allows"),
+        (("--array", "0-3", *small), "--array 0-3: only generate"),
+        (("--sbatch-option=--qos=none", "--sbatch-option=--begin=never", *small), "sbatch refused: "),
+        (("drafter.hidden_size=1048576", "drafter.mlp_size=1048576", *small), "GiB free, checkpoints will take"),
+    ):
+        told = slurm.run(*SUBMIT, "pretrain", *keys, *more, cwd=tmp_path, expect=2)
+        assert complaint in told.stderr and told.stderr.count("\n") == 1, told.stderr
+    assert slurm.run("squeue", "-h", "-a", "-t", "all").stdout == before
+
+
+def test_a_pipeline_is_refused_as_a_whole(slurm, stages, tmp_path):
+    before = slurm.run("squeue", "-h", "-a", "-t", "all").stdout
+    mistakes = [
+        ("stages.distill.config.train.stpes=3", "stages.distill.config: unknown key train.stpes; did you mean"),
+        ("stages.distill.slurm.partitoin=x", "unknown key stages.distill.slurm.partitoin; did you mean"),
+        ("stages.distill.after=[generat]", "generat is not before it; did you mean generate?"),
+        ("stages.distill.after=[]", "/shards here, and no stage before makes it; stages.answers makes it"),
+        ("stages.answers.config.inputs=nowhere", "stages.answers.config: inputs: no nowhere here"),
+        (f"stages.distill.config.run.dir={tmp_path / 'shards'}", "both write to"),
+        ("stages.answers.stage=null", "stages.answers: no stage of that name; add stage: one of"),
+        ("slurm.nodes=3", "3 nodes with 1 GPUs"),
+    ]
+    for mistake, complaint in mistakes:
+        told = slurm.run(*SUBMIT, "pipeline", pipeline(tmp_path, stages), mistake, cwd=tmp_path, expect=2)
+        assert complaint in told.stderr and told.stderr.count("\n") == 1, told.stderr
+    assert slurm.run("squeue", "-h", "-a", "-t", "all").stdout == before
+
+
+def test_dry_run_prints_the_script_and_submits_nothing(slurm, tiny, stages, tmp_path):
+    before = slurm.run("squeue", "-h", "-a", "-t", "all").stdout
+    keys = training(tiny, tmp_path / "run", steps=3)
+    options = ("--nodes", 4, "--gpus-per-node", 8, "--notice", 120, "--sbatch-option=--qos=high", "--dry-run")
+    told = slurm.run(*SUBMIT, "pretrain", *keys, *options).stdout
+    assert "--nodes=4 --gpus-per-node=8 --ntasks-per-node=8 --signal=B:USR1@120 --qos=high" in told
+    assert "DIST_TRAIN_NOTICE=120" in told
+    assert (TEMPLATES / "pretrain.sbatch").read_text() in told
+    assert "# note: would be refused: 4 nodes with 8 GPUs each" in told
+    told = slurm.run(*SUBMIT, "pipeline", pipeline(tmp_path, stages), "--dry-run").stdout
+    assert "--dependency=afterok:'<generate>'" in told or "'--dependency=afterok:<generate>'" in told
+    assert slurm.run("squeue", "-h", "-a", "-t", "all").stdout == before
+    assert not list(tmp_path.rglob("_slurm-*"))
+
+
+def test_a_wheel_submits_and_reports_without_slurm(tiny, tmp_path):
+    """Away from the checkout and without SLURM's commands: templates and DeepSpeed configurations travel with it."""
+    root = Path(__file__).parents[2]
+    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, root]
+    subprocess.run(list(map(str, build)), check=True, cwd=tmp_path, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site-packages")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site-packages"), "PATH": "/nowhere"}
+
+    def run(*words):
+        command = [sys.executable, "-m", "dist_train", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    told = run("submit", "pretrain", *training(tiny, tmp_path / "run", steps=3), "--dry-run")
+    assert str(tmp_path / "site-packages" / "dist_train" / "_resources" / "slurm" / "pretrain.sbatch") in told
+    packed = tmp_path / "site-packages" / "dist_train" / "_resources"
+    for folder in ("slurm", "ds_configs"):
+        tracked = {path.name for path in (root / folder).iterdir() if path.is_file()}
+        assert {path.name for path in (packed / folder).iterdir()} == tracked
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "_slurm-7.jsonl").write_text('{"event": "submitted", "time": 1, "stage": "pretrain"}\n')
+    assert "job 7: 0 requeues; no squeue here to ask" in run("status", "run")
