@@ -32,7 +32,7 @@ class Generated:
     blocks: list[list[int]]
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def speculative_generate(
     drafter: Any | None,
     target: Any,
