@@ -118,7 +118,7 @@ def _read(folder: Path, drafter: str) -> Run:
 def _refuse_what_differs(one: Run, other: Run) -> None:
     mine, theirs = _results(one.folder), _results(other.folder)
     differ = f"{one.folder} and {other.folder} cannot be compared:"
-    if any(mine["target"][key] != theirs["target"][key] for key in ("config", "parameters", "precision", "revision")):
+    if any(mine["target"][key] != theirs["target"][key] for key in ("weights", "parameters", "precision")):
         raise UserError(f"{differ} their targets are {mine['target']['path']} and {theirs['target']['path']}")
     for task in mine["prompts"].keys() | theirs["prompts"].keys():
         if mine["prompts"].get(task) != theirs["prompts"].get(task):

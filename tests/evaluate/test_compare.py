@@ -26,7 +26,7 @@ def folder(path, shift, *, target="t", prompts=1, gammas=(3,), drafters=("d",)):
             rows.append({**cell, "top_p": 1.0, "max_new_tokens": 8})
             cells.append({**cell, "tokens": tokens.tolist(), "calls": [10] * PROMPTS, "lengths": tokens.tolist()})
     path.mkdir()
-    identity = {"path": target, "config": target, "parameters": 9, "precision": "fp32", "revision": None}
+    identity = {"path": target, "weights": target, "parameters": 9, "precision": "fp32", "revision": None}
     results = {"target": identity, "drafters": {name: {} for name in drafters}, "prompts": {"chat": prompts}}
     write_json(path / "results.json", {**results, "rows": rows})
     write_json(path / "counts.json", {"cells": cells})
