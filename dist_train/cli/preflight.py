@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.cli.parser import add, processes
-from dist_train.cli.stages import STAGES, Stage, _load
+from dist_train.cli.stages import STAGES, Stage, load
 from dist_train.errors import UserError
 from dist_train.runtime import find_world
 
@@ -69,7 +69,7 @@ def _run_doctor(options: argparse.Namespace) -> int:
     if options.wait <= 0:
         raise UserError(f"--wait {options.wait}: seconds, above 0")
     stage = _stage_of(options.words, options.stage) if options.words else None
-    config = _load(stage, options.words) if stage else None
+    config = load(stage, options.words) if stage else None
     if options.nproc and options.nproc > 1:
         from dist_train.launch import launch
 
@@ -118,7 +118,7 @@ def _run_plan(options: argparse.Namespace) -> None:
     stage = _stage_of(options.words, options.stage)
     if stage.name not in _PLANNED:
         raise UserError(f"{stage.name} is not planned, {', '.join(_PLANNED)} are; --stage names one")
-    config = _load(stage, options.words)
+    config = load(stage, options.words)
     machine = plan.Machine(plan.GPUS[options.gpu], options.gpus, options.gpus_per_node)
     if options.network is not None:
         machine = replace(machine, gpu=replace(machine.gpu, network=_above_0("--network", options.network) * 1e9))

@@ -7,11 +7,12 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.cli.parser import add, processes
+from dist_train.errors import UserError
 from dist_train.runtime import find_world
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ STAGES = (
         "dist_train.evaluate.stage",
         "EvaluateConfig",
         "dist-train evaluate target.path=llama-2-7b-chat drafters='{base: runs/pretrain, tvdpp: runs/tvdpp}' "
-        "tasks='[{name: dolly, inputs: dolly.jsonl}]' out=results",
+        "tasks='[{preset: dolly, inputs: dolly.jsonl}]' out=results",
     ),
     Stage(
         "export",
@@ -119,6 +120,40 @@ def add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
             parser.add_argument(flag, dest="flags", action="append_const", const=override, help=text)
     parser.stage = stage
     parser.set_defaults(stage=stage, flags=None)
+    if stage.name == "evaluate":
+        _add_evaluate_modes(parser)
+
+
+def _add_evaluate_modes(parser: argparse.ArgumentParser) -> None:
+    """What `evaluate` does besides evaluating."""
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        metavar="RESULTS",
+        help="differences between finished results folders, with intervals: FOLDER, FOLDER:DRAFTER, or "
+        "METHOD=FOLDER,FOLDER,... for several training runs; out=DIR before it keeps them",
+    )
+    parser.add_argument(
+        "--server",
+        metavar="URL",
+        help="measure on a vLLM server, by its own counters; also takes beside=RESULTS, model, concurrency, timeout",
+    )
+    parser.set_defaults(function=_run_evaluate)
+
+
+def _run_evaluate(options: argparse.Namespace) -> int:
+    if options.compare:
+        from dist_train.evaluate.compare import compare
+
+        words = dict(word.split("=", 1) for word in options.words if "=" in word)
+        if strays := [word for word in options.words if not word.startswith("out=")]:
+            raise UserError(f"--compare: takes results folders and out=DIR, not {strays[0]!r}")
+        compare(options.compare, Path(words["out"]) if "out" in words else None)
+        return 0
+    if options.server:
+        options.stage = replace(options.stage, module="dist_train.evaluate.served", config="ServedConfig")
+        options.words.append(f"server={options.server}")
+    return _run_stage(options)
 
 
 def load(stage: Stage, words: Sequence[str]) -> Any:
@@ -140,7 +175,7 @@ def _run_stage(options: argparse.Namespace) -> int:
         world_size = options.nproc or find_world().size
         print(dump_config(config), end="")
         print(f"# world: {world_size} process(es)")
-        if stage.trains:
+        if hasattr(module, "memory_report"):
             print(module.memory_report(config, world_size))
         return 0
     if options.nproc and options.nproc > 1:

@@ -5,7 +5,7 @@ suggestion; the resolved tree is saved beside every run.
 """
 
 from dist_train.config.base import Section, SeedsSection, TargetSection
-from dist_train.config.evaluate import EvaluateConfig, TaskSection, TokenRateSection
+from dist_train.config.evaluate import EvaluateConfig, ServedConfig, TaskSection, TokenRateSection
 from dist_train.config.export import ExportConfig
 from dist_train.config.generate import GenerateConfig
 from dist_train.config.prepare import PrepareConfig
@@ -48,6 +48,7 @@ __all__ = [
     "RunSection",
     "Section",
     "SeedsSection",
+    "ServedConfig",
     "SlurmSection",
     "SourceSection",
     "TargetSection",

@@ -3,16 +3,45 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from dist_train.config.base import Section, SeedsSection, TargetSection
+from dist_train.config.base import Section, TargetSection
+
+Drafting = Literal["sampled", "greedy"]
+Preset = Literal["dolly", "xsum", "cnn_dailymail", "wmt18-de-en", "questions"]
 
 
-class TaskSection(SeedsSection):
-    """A set of evaluation prompts."""
+class TaskSection(Section):
+    """A set of evaluation prompts: a dataset that is known by name, or any file of prompts."""
 
-    name: str
+    name: str = ""
+    """empty: the preset's"""
+    preset: Preset | None = None
+    """columns, prompt, hub id and sampling of a known dataset; questions: MT-bench's and Spec-Bench's question.jsonl,
+    first turns"""
+    inputs: str | list[str] | None = None
+    """files, folders or globs: JSONL (.gz, .zst) or Parquet, in the preset's own columns; null: from the hub"""
+    prompt_field: str = "prompt"
+    """without a preset: field with the instruction, or with chat messages"""
+    template: str | None = None
+    """prompt with a record's fields in braces, such as 'Summarise: {article}'"""
+    limit: PositiveInt | None = None
+    """use the first so many"""
+    temperatures: list[NonNegativeFloat] | None = Field(default=None, min_length=1)
+    """null: the preset's, or else the evaluation's; likewise top_p and max_new_tokens"""
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    max_new_tokens: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _somewhere_to_read_from(self) -> TaskSection:
+        self.name = self.name or self.preset or ""
+        if not self.name:
+            raise ValueError("name is required")
+        if not self.inputs and self.preset in (None, "questions"):
+            raise ValueError(f"task {self.name}: inputs is required")
+        return self
 
 
 class TokenRateSection(Section):
@@ -21,8 +50,9 @@ class TokenRateSection(Section):
     prompts: NonNegativeInt = 8
     """prompts timed; 0: none"""
     batch_size: PositiveInt = 1
+    """of plain and of speculative decoding alike"""
     repeats: PositiveInt = 3
-    """the median of so many passes counts"""
+    """the median of so many rounds counts; in each every one has its turn"""
 
 
 class EvaluateConfig(Section):
@@ -38,9 +68,31 @@ class EvaluateConfig(Section):
     """folder of the results"""
     gammas: list[PositiveInt] = Field(default=[3, 5], min_length=1)
     """tokens drafted per block"""
-    temperatures: list[float] = Field(default=[0.0, 0.6], min_length=1)
+    drafting: list[Drafting] = Field(default=["sampled", "greedy"], min_length=1)
+    """sampled: drafts drawn under the target's temperature and top-p, accepted with probability sum min(p, q); greedy:
+    the drafter's likeliest token, as servers do by default, accepted with q(argmax p); at temperature 0 one and the
+    same"""
+    temperatures: list[NonNegativeFloat] = Field(default=[0.0, 0.6], min_length=1)
     top_p: float = Field(default=0.9, gt=0, le=1)
     max_new_tokens: PositiveInt = 128
     batch_size: PositiveInt = 32
+    """prompts decoded at a time"""
     token_rate: TokenRateSection = TokenRateSection()
     seed: int = 0
+
+
+class ServedConfig(EvaluateConfig):
+    """dist-train evaluate --server URL: what a server's own counters say on the same prompts."""
+
+    server: str
+    """address of an OpenAI-compatible vLLM server"""
+    drafters: dict[str, Path] = Field(default={})
+    """not used: the server has its own"""
+    model: str | None = None
+    """name under which the server has the target; null: the first that it lists"""
+    concurrency: PositiveInt = 32
+    """requests under way at once"""
+    beside: Path | None = None
+    """results folder of `evaluate`, shown beside the served figures"""
+    timeout: PositiveInt = 600
+    """seconds for one answer"""

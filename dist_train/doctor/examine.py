@@ -208,11 +208,9 @@ def _needed(config: Any) -> float:
     """Bytes of the checkpoints that a training keeps; 0 where that is not known."""
     if not isinstance(config, TrainConfig):
         return 0.0
-    from dist_train.plan.shapes import drafter_shape, measure, tokenizer_vocabulary
-    from dist_train.plan.training import checkpoint_bytes, kept_checkpoints
+    from dist_train.train.stage import checkpoints_bytes
 
     try:
-        size = measure(drafter_shape(config, tokenizer_vocabulary(config.tokenizer)))
+        return checkpoints_bytes(config)
     except UserError:
         return 0.0  # told among the inputs
-    return kept_checkpoints(config) * checkpoint_bytes(config, size.parameters)

@@ -1,1 +1,17 @@
 """Evaluation: speculative decoding, block efficiency, memory-bound speed-up, token rate."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_train.evaluate.speculative import Generated, speculative_generate
+
+__all__ = ["Generated", "speculative_generate"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import PyTorch only where decoding is asked for: `--compare` and `--server` do without."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dist_train.evaluate import speculative
+
+    return getattr(speculative, name)

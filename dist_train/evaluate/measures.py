@@ -19,6 +19,23 @@ class Estimate(NamedTuple):
     low: float
     high: float
 
+    @property
+    def verdict(self) -> str:
+        """What the sign of a difference is known to be: higher, lower, or not told apart where 0 is possible."""
+        return "higher" if self.low > 0 else "lower" if self.high < 0 else "not told apart"
+
+
+class Counts(NamedTuple):
+    """One training run under one condition: of each prompt the tokens that its blocks gave, and the blocks."""
+
+    tokens: Sequence[int]
+    calls: Sequence[int]
+
+
+def count(blocks: Blocks) -> Counts:
+    """Tokens and target calls of each prompt."""
+    return Counts([sum(lengths) for lengths in blocks], [len(lengths) for lengths in blocks])
+
 
 def block_efficiency(blocks: Blocks) -> float:
     """Tokens emitted per call of the target, over all prompts: sums before ratios. `blocks`: tokens of each call."""
@@ -27,17 +44,43 @@ def block_efficiency(blocks: Blocks) -> float:
 
 def bootstrap(blocks: Blocks, seed: int = 0) -> Estimate:
     """Block efficiency with its percentile interval; prompts are what is drawn again, not tokens or blocks."""
-    tokens, calls = _totals(blocks)
-    draws = _draws(len(blocks), seed)
-    return _estimate(block_efficiency(blocks), tokens[draws].sum(1) / calls[draws].sum(1))
+    return bootstrap_runs([count(blocks)], seed=seed)
 
 
 def bootstrap_difference(blocks: Blocks, base: Blocks, seed: int = 0) -> Estimate:
     """Block efficiency of one drafter minus that of another on the same prompts, which are drawn in pairs."""
-    (tokens, calls), (base_tokens, base_calls) = _totals(blocks), _totals(base)
-    draws = _draws(len(blocks), seed)
-    differences = tokens[draws].sum(1) / calls[draws].sum(1) - base_tokens[draws].sum(1) / base_calls[draws].sum(1)
-    return _estimate(block_efficiency(blocks) - block_efficiency(base), differences)
+    return bootstrap_runs([count(blocks)], [count(base)], seed)
+
+
+def bootstrap_runs(runs: Sequence[Counts], base: Sequence[Counts] = (), seed: int = 0) -> Estimate:
+    """Mean block efficiency of the training runs of one method, minus that of another's, on the same prompts.
+
+    Two levels vary. Prompts are drawn with replacement, the same for all runs of both methods. Runs are too few to be
+    drawn: three resampled numbers spread too little, and their ends are hit too seldom. A method's mean over R > 1 runs
+    is moved instead by its standard error times a draw from Student's t with R - 1 degrees of freedom. With one run
+    each this is the paired bootstrap over prompts, which knows nothing of what another training seed would give.
+    """
+    generator = np.random.default_rng(seed)
+    prompts = len(runs[0].tokens)
+    draws = generator.integers(0, prompts, (RESAMPLES, prompts))
+    value, moved = _mean_of_runs(runs, draws, generator)
+    if base:
+        base_value, base_moved = _mean_of_runs(base, draws, generator)
+        value, moved = value - base_value, moved - base_moved
+    low, high = np.quantile(moved, (0.025, 0.975))
+    return Estimate(float(value), float(low), float(high))
+
+
+def _mean_of_runs(
+    runs: Sequence[Counts], draws: npt.NDArray[Any], generator: np.random.Generator
+) -> tuple[float, npt.NDArray[Any]]:
+    tokens, calls = (np.array([run[part] for run in runs]) for part in (0, 1))
+    of_runs = tokens.sum(1) / calls.sum(1)
+    moved = np.mean([t[draws].sum(1) / c[draws].sum(1) for t, c in zip(tokens, calls, strict=True)], axis=0)
+    if len(runs) > 1:
+        error = of_runs.std(ddof=1) / len(runs) ** 0.5
+        moved = moved + error * generator.standard_t(len(runs) - 1, len(moved))
+    return float(of_runs.mean()), moved
 
 
 def memory_bound_speed_up(efficiency: float, ratio: float, gamma: int) -> float:
@@ -49,7 +92,7 @@ def memory_bound_speed_up(efficiency: float, ratio: float, gamma: int) -> float:
 
 
 def accepted_histogram(blocks: Blocks, gamma: int) -> list[int]:
-    """How many blocks accepted 0, 1, ..., gamma drafted tokens. A block cut short by the end of the text counts too."""
+    """How many blocks accepted 0, 1, ..., gamma drafted tokens."""
     accepted = np.array([length - 1 for lengths in blocks for length in lengths])
     return np.bincount(accepted, minlength=gamma + 1).tolist()
 
@@ -60,14 +103,7 @@ def position_acceptance(histogram: Sequence[int]) -> list[float]:
     return [float(now / before) if before else 0.0 for now, before in zip(reached[1:], reached[:-1], strict=True)]
 
 
-def _totals(blocks: Blocks) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    return np.array([sum(lengths) for lengths in blocks]), np.array([len(lengths) for lengths in blocks])
-
-
-def _draws(prompts: int, seed: int) -> npt.NDArray[Any]:
-    return np.random.default_rng(seed).integers(0, prompts, (RESAMPLES, prompts))
-
-
-def _estimate(value: float, draws: npt.NDArray[Any]) -> Estimate:
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return Estimate(float(value), float(low), float(high))
+def accepted_shares(histogram: Sequence[int]) -> list[float]:
+    """Share of all blocks whose k-th draft was accepted, k = 1 to gamma: what servers count per position."""
+    reached = np.cumsum(histogram[::-1])[::-1]
+    return [float(now / reached[0]) for now in reached[1:]]

@@ -2,60 +2,44 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from data_shards.files import read_json, write_atomically, write_json
+import xxhash
+
+from data_shards.files import read_json, write_json
 from dist_train.config import EvaluateConfig, save_config
 from dist_train.drafter import find_model, load_drafter
 from dist_train.errors import UserError
-from dist_train.evaluate.measures import (
-    accepted_histogram,
-    bootstrap,
-    bootstrap_difference,
-    memory_bound_speed_up,
-    position_acceptance,
-)
-from dist_train.evaluate.tables import results_markdown
+from dist_train.evaluate.memory import memory_report
+from dist_train.evaluate.results import Cell, gather, write_results
+from dist_train.evaluate.tasks import Prompts, load_prompts
 from dist_train.progress import Progress
-from dist_train.prompts import encode_seeds, read_seeds
 from dist_train.runtime import Runtime, started
 from dist_train.target import DTYPES, load_causal_lm, read_target_config
 from dist_train.tokenizer import load_tokenizer
 from dist_train.units import Units, unit_seed
 
-RESULTS = "results.json"
+__all__ = ["check", "memory_report", "run"]
 
-
-class Cell(NamedTuple):
-    """One condition of the evaluation."""
-
-    task: str
-    drafter: str
-    gamma: int
-    temperature: float
-
-
-class Work(NamedTuple):
-    """One unit: a batch of a task's prompts under one condition."""
-
-    cell: Cell
-    prompts: range
+BATCHES_A_UNIT = 4
+"""A unit is what a killed evaluation repeats, and what a batch is kept full from."""
 
 
 def check(config: EvaluateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
     from transformers import AutoConfig
 
-    load_tokenizer(config.tokenizer or config.target.path)
+    tokenizer = load_tokenizer(config.tokenizer or config.target.path)
     target_size = read_target_config(config.target).vocab_size
     for name, path in config.drafters.items():
         found = AutoConfig.from_pretrained(find_model(path)).vocab_size
         if found != target_size:
             raise UserError(f"drafter {name}: a vocabulary of {found}, the target's has {target_size}")
-    for task in config.tasks:
-        read_seeds(task)
+    load_prompts(config, tokenizer)
 
 
 def run(config: EvaluateConfig) -> None:
@@ -63,49 +47,53 @@ def run(config: EvaluateConfig) -> None:
     check(config)
     with started() as runtime:
         tokenizer = load_tokenizer(config.tokenizer or config.target.path)
-        prompts = {task.name: encode_seeds(read_seeds(task), tokenizer) for task in config.tasks}
-        cells = [
-            Cell(task, drafter, gamma, temperature)
-            for task in prompts
-            for drafter in config.drafters
-            for gamma in config.gammas
-            for temperature in config.temperatures
-        ]
+        tasks = load_prompts(config, tokenizer)
+        cells = _cells(config, tasks)
+        length = BATCHES_A_UNIT * config.batch_size
         works = [
-            Work(cell, range(first, min(first + config.batch_size, len(prompts[cell.task]))))
+            (cell, range(first, min(first + length, len(tasks[cell.task].ids))))
             for cell in cells
-            for first in range(0, len(prompts[cell.task]), config.batch_size)
+            for first in range(0, len(tasks[cell.task].ids), length)
         ]
-        units = Units(config.out / "units", _plan(config, prompts), len(works), ".json", runtime)
-        models = _Models(config, runtime, [tokenizer.eos_id])
+        units = Units(config.out / "units", _plan(config, tasks), len(works), ".json", runtime)
+        models = _Models(config, runtime, tokenizer.eos_id)
 
         def make(unit: int, path: Path) -> None:
-            work = works[unit]
-            batch = [prompts[work.cell.task][i] for i in work.prompts]
-            write_json(path, {"blocks": models.blocks(work.cell, batch)})
+            cell, chosen = works[unit]
+            write_json(path, models.decode(cell, tasks[cell.task], chosen))
 
         share = len(range(runtime.rank, len(works), runtime.world_size))
-        with Progress("evaluate", share, "batch", enabled=runtime.is_first) as bar:
+        with Progress("evaluate", share, "unit", enabled=runtime.is_first) as bar:
             units.run(make, bar.update)
         if runtime.is_first:
-            blocks: dict[Cell, list[list[int]]] = {cell: [] for cell in cells}
-            for unit, work in enumerate(works):
-                blocks[work.cell] += read_json(units.path(unit))["blocks"]
-            results = _results(config, blocks, models)
-            results["token_rate"] = _token_rate(config, models, prompts)
-            write_json(config.out / RESULTS, results)
-            markdown = results_markdown(results)
-            write_atomically(config.out / "results.md", [markdown.encode()])
+            found: dict[Cell, dict[str, list[Any]]] = {cell: {"blocks": [], "lengths": []} for cell in cells}
+            for unit, (cell, _) in enumerate(works):
+                for key, values in read_json(units.path(unit)).items():
+                    found[cell][key] += values
+            results = gather(config, tasks, found, models.parameters(), _identity(config, models.target))
+            results["token_rate"] = _token_rate(config, models, tasks)
             save_config(config, config.out / "config.yaml")
-            print(f"{markdown}\nevaluate: {config.out / RESULTS}", flush=True)
+            print(f"{write_results(config.out, results, found)}\nevaluate: {config.out}/results.html", flush=True)
         runtime.barrier()
+
+
+def _cells(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> list[Cell]:
+    """All conditions. At temperature 0 both ways to draft are one, called greedy."""
+    return [
+        Cell(task, drafter, gamma, temperature, drafting)
+        for task, prompts in tasks.items()
+        for drafter in config.drafters
+        for gamma in config.gammas
+        for temperature in prompts.sampling.temperatures
+        for drafting in (config.drafting if temperature > 0 else ["greedy"])
+    ]
 
 
 class _Models:
     """Target and drafters, loaded when first used."""
 
-    def __init__(self, config: EvaluateConfig, runtime: Runtime, eos_ids: list[int]) -> None:
-        self.config, self.device, self.eos_ids = config, runtime.device, eos_ids
+    def __init__(self, config: EvaluateConfig, runtime: Runtime, eos_id: int) -> None:
+        self.config, self.device, self._eos_id = config, runtime.device, eos_id
         self._loaded: dict[str, Any] = {}
 
     @property
@@ -122,101 +110,103 @@ class _Models:
             self._loaded[name] = model.to(self.device).eval()
         return self._loaded[name]
 
-    def blocks(self, cell: Cell, prompts: list[list[int]]) -> list[list[int]]:
-        """Tokens of each block, for each prompt."""
+    def parameters(self) -> dict[str, int]:
+        """Of each drafter, and of the target under the name ''."""
+        names = list(self.config.drafters)
+        return {"": self.target.num_parameters(), **{name: self.drafter(name).num_parameters() for name in names}}
+
+    def eos_ids(self) -> list[int]:
+        """The tokenizer's end of sequence, and what else ends an answer of the target."""
+        stops = self.target.generation_config.eos_token_id
+        return [self._eos_id, *(stops if isinstance(stops, list) else [] if stops is None else [stops])]
+
+    def decode(self, cell: Cell, prompts: Prompts, chosen: range) -> dict[str, list[Any]]:
+        """Tokens of each block, and of the text, for each of the chosen prompts."""
         from dist_train.evaluate.speculative import speculative_generate
 
-        return speculative_generate(
+        found = speculative_generate(
             self.drafter(cell.drafter),
             self.target,
-            prompts,
+            [prompts.ids[i] for i in chosen],
             cell.gamma,
             cell.temperature,
-            self.config.top_p,
-            max_new_tokens=self.config.max_new_tokens,
-            eos_ids=self.eos_ids,
-            seed=unit_seed(self.config.seed, cell, prompts),
-        ).blocks
+            prompts.sampling.top_p,
+            max_new_tokens=prompts.sampling.max_new_tokens,
+            eos_ids=self.eos_ids(),
+            seed=unit_seed(self.config.seed, cell, chosen),
+            draft_greedily=cell.drafting == "greedy",
+            batch_size=self.config.batch_size,
+        )
+        return {"blocks": found.blocks, "lengths": [len(tokens) for tokens in found.tokens]}
 
-    def seconds_per_token(self, drafter: str | None, gamma: int, prompts: list[list[int]]) -> float:
-        """Wall-clock seconds per token, greedy, at the configured batch size: the median of some passes."""
+    def seconds_per_token(self, drafter: str | None, gamma: int, prompts: list[list[int]], limit: int) -> float:
+        """Wall-clock seconds per token of a greedy pass."""
         from dist_train.evaluate.speculative import speculative_generate
 
-        rate, passes = self.config.token_rate, []
-        model = None if drafter is None else self.drafter(drafter)
-        for _ in range(rate.repeats):
-            tokens, began = 0, time.perf_counter()
-            for first in range(0, len(prompts), rate.batch_size):
-                out = speculative_generate(
-                    model,
-                    self.target,
-                    prompts[first : first + rate.batch_size],
-                    gamma,
-                    0.0,
-                    max_new_tokens=self.config.max_new_tokens,
-                    eos_ids=self.eos_ids,
-                )
-                tokens += sum(map(len, out.tokens))
-            passes.append((time.perf_counter() - began) / tokens)
-        return sorted(passes)[len(passes) // 2]
+        model, target = None if drafter is None else self.drafter(drafter), self.target
+        began = time.perf_counter()
+        found = speculative_generate(
+            model,
+            target,
+            prompts,
+            gamma,
+            0.0,
+            max_new_tokens=limit,
+            eos_ids=self.eos_ids(),
+            batch_size=self.config.token_rate.batch_size,
+        )
+        return (time.perf_counter() - began) / sum(map(len, found.tokens))
 
 
-def _plan(config: EvaluateConfig, prompts: dict[str, list[list[int]]]) -> dict[str, Any]:
+def _identity(config: EvaluateConfig, target: Any) -> dict[str, Any]:
+    """What tells targets apart wherever they lie: a hash of some numbers of every weight."""
+    digest = xxhash.xxh64()
+    for weight in target.parameters():
+        flat = weight.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    return {
+        "path": config.target.path,
+        "revision": config.target.revision,
+        "precision": config.target.precision,
+        "weights": digest.hexdigest(),
+    }
+
+
+def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> dict[str, Any]:
     """What the counts depend on."""
     return {
         "target": config.target.model_dump(mode="json"),
         "drafters": {name: str(find_model(path)) for name, path in config.drafters.items()},
-        "prompts": unit_seed(0, prompts),
-        **config.model_dump(
-            mode="json", include={"gammas", "temperatures", "top_p", "max_new_tokens", "batch_size", "seed"}
-        ),
+        "prompts": {name: [prompts.identity, *map(str, prompts.sampling)] for name, prompts in tasks.items()},
+        **config.model_dump(mode="json", include={"gammas", "drafting", "batch_size", "seed"}),
     }
 
 
-def _results(config: EvaluateConfig, blocks: dict[Cell, list[list[int]]], models: _Models) -> dict[str, Any]:
-    base = next(iter(config.drafters))
-    target_parameters = models.target.num_parameters()
-    parameters = {name: models.drafter(name).num_parameters() for name in config.drafters}
-    rows = []
-    for cell, counts in blocks.items():
-        efficiency = bootstrap(counts)
-        histogram = accepted_histogram(counts, cell.gamma)
-        ratio = parameters[cell.drafter] / target_parameters
-        rows.append(
-            {
-                **cell._asdict(),
-                "prompts": len(counts),
-                "tokens": sum(map(sum, counts)),
-                "target_calls": sum(map(len, counts)),
-                "block_efficiency": efficiency._asdict(),
-                "difference": bootstrap_difference(counts, blocks[cell._replace(drafter=base)])._asdict(),
-                "mbsu": memory_bound_speed_up(efficiency.value, ratio, cell.gamma),
-                "accepted_histogram": histogram,
-                "position_acceptance": position_acceptance(histogram),
-            }
-        )
-    return {
-        "target": {"path": config.target.path, "parameters": target_parameters},
-        "drafters": {
-            name: {"path": str(config.drafters[name]), "parameters": count, "ratio": count / target_parameters}
-            for name, count in parameters.items()
-        },
-        "base": base,
-        "top_p": config.top_p,
-        "max_new_tokens": config.max_new_tokens,
-        "rows": rows,
-    }
+def _token_rate(config: EvaluateConfig, models: _Models, tasks: Mapping[str, Prompts]) -> list[dict[str, Any]]:
+    """Tokens per second of plain and of speculative decoding of the same prompts in batches of the same size.
 
-
-def _token_rate(config: EvaluateConfig, models: _Models, prompts: dict[str, list[list[int]]]) -> list[dict[str, Any]]:
-    """Tokens per second of plain and of speculative decoding, on rank 0 alone, the first prompts of the first task."""
-    some = next(iter(prompts.values()))[: config.token_rate.prompts]
+    On rank 0 alone, greedy, the first prompts of the first task. In each round all have their turn, so that what slows
+    the machine for a while slows all of them; rate and ratio to plain decoding are medians over rounds.
+    """
+    task = next(iter(tasks.values()))
+    some = task.ids[: config.token_rate.prompts]
     if not some:
         return []
-    plain = models.seconds_per_token(None, 0, some)
-    rows: list[dict[str, Any]] = [{"drafter": None, "gamma": 0, "tokens_per_s": 1 / plain, "speed_up": 1.0}]
-    for name in config.drafters:
-        for gamma in config.gammas:
-            seconds = models.seconds_per_token(name, gamma, some)
-            rows.append({"drafter": name, "gamma": gamma, "tokens_per_s": 1 / seconds, "speed_up": plain / seconds})
-    return rows
+    cases: list[tuple[str | None, int]] = [(None, 0)]
+    cases += [(name, gamma) for name in config.drafters for gamma in config.gammas]
+    limit = task.sampling.max_new_tokens
+    for name, gamma in cases:  # the first call of a model pays for what later ones find ready
+        models.seconds_per_token(name, gamma, some[:1], min(limit, 4))
+    rounds = [
+        {case: models.seconds_per_token(*case, some, limit) for case in cases} for _ in range(config.token_rate.repeats)
+    ]
+    return [
+        {
+            "drafter": case[0],
+            "gamma": case[1],
+            "batch_size": config.token_rate.batch_size,
+            "tokens_per_s": statistics.median(1 / seconds[case] for seconds in rounds),
+            "speed_up": statistics.median(seconds[cases[0]] / seconds[case] for seconds in rounds),
+        }
+        for case in cases
+    ]

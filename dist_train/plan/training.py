@@ -10,7 +10,7 @@ from dist_train.plan.report import Plan
 from dist_train.plan.shapes import Size, drafter_shape, measure, target_shape
 from dist_train.target.load import DTYPES
 from dist_train.train.engine import deepspeed_config
-from dist_train.train.memory import memory_estimate
+from dist_train.train.memory import checkpoint_bytes, kept_checkpoints, memory_estimate
 from dist_train.train.timing import flops_per_token
 
 _GIB = 2**30
@@ -162,14 +162,3 @@ def _storage(
         size = DTYPES[config.target.precision].itemsize * target.parameters
         plan.add("storage", "target's weights", size, "bytes", "read once a node at the start")
     plan.add("storage", "read while training", width * tokens / wall, "bytes/s", "shards, over all nodes")
-
-
-def checkpoint_bytes(config: TrainConfig, parameters: int) -> float:
-    """Size of one checkpoint of a drafter of so many parameters."""
-    return 4.0 * parameters * (4 if config.train.ema_decay else 3)
-
-
-def kept_checkpoints(config: TrainConfig) -> int:
-    """Checkpoints on disk at the most, with the one that is being written."""
-    every = config.checkpoint.keep_every
-    return config.checkpoint.keep + 1 + (config.train.steps // every if every else 0)

@@ -127,3 +127,14 @@ def parameters(shape: Any) -> int:
 
     with torch.device("meta"):
         return int(AutoModelForCausalLM.from_config(shape).num_parameters())
+
+
+def checkpoint_bytes(config: TrainConfig, parameters: int) -> float:
+    """Size of one checkpoint of a drafter of so many parameters."""
+    return 4.0 * parameters * (4 if config.train.ema_decay else 3)
+
+
+def kept_checkpoints(config: TrainConfig) -> int:
+    """Checkpoints on disk at the most, with the one that is being written."""
+    every = config.checkpoint.keep_every
+    return config.checkpoint.keep + 1 + (config.train.steps // every if every else 0)

@@ -123,12 +123,11 @@ def estimate_memory(config: TrainConfig, world_size: int) -> dict[str, float]:
     return memory_estimate(config, _planned_shape(config), world_size)
 
 
-def checkpoints_bytes(config: TrainConfig) -> int:
+def checkpoints_bytes(config: TrainConfig) -> float:
     """What the checkpoints that are kept will take on disk, and the one that is being written."""
-    from dist_train.train.memory import parameters
+    from dist_train.train.memory import checkpoint_bytes, kept_checkpoints, parameters
 
-    copies = 4 if config.train.ema_decay else 3
-    return 4 * copies * parameters(_planned_shape(config)) * (config.checkpoint.keep + 1)
+    return kept_checkpoints(config) * checkpoint_bytes(config, parameters(_planned_shape(config)))
 
 
 def _planned_shape(config: TrainConfig) -> Any:

@@ -1,0 +1,211 @@
+"""`dist-train evaluate --server URL`: block efficiency by a server's own counters, on the prompts of the evaluation.
+
+vLLM counts, for Prometheus: drafts made (one a call of the target that drafts were verified in), drafted tokens,
+accepted tokens, and accepted tokens by position. They are read before and after the prompts of a task were answered;
+1 + accepted/drafts is the block efficiency, as vLLM itself logs it. Whatever else the server answers meanwhile is
+counted too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_shards.files import read_json, write_atomically, write_json
+from dist_train.config import ServedConfig, save_config
+from dist_train.errors import UserError
+from dist_train.evaluate.results import RESULTS
+from dist_train.evaluate.tables import interval, markdown, shares
+from dist_train.evaluate.tasks import Prompts, load_prompts
+from dist_train.tokenizer import load_tokenizer
+from dist_train.units import unit_seed
+
+SERVED = "served.json"
+_PREFIX = "vllm:spec_decode_num_"
+_SAMPLE = re.compile(rf"{_PREFIX}(\w+?)(_total)?(?:\{{(.*)\}})?\s+([-+.\w]+)(?:\s+\d+)?")
+_POSITION = re.compile(r'position="(\d+)"')
+
+
+class Counters(NamedTuple):
+    """Of all engines together; `by_position`: accepted tokens at the first, second, ... place of a draft."""
+
+    drafts: float
+    drafted: float
+    accepted: float
+    by_position: tuple[float, ...]
+
+    def since(self, before: Counters) -> Counters:
+        """What was counted after `before`. Raises UserError where the server began to count anew."""
+        if self.drafts < before.drafts:
+            raise UserError("the server's counters went back: it was restarted meanwhile; start again")
+        old = before.by_position + (0.0,) * (len(self.by_position) - len(before.by_position))
+        positions = tuple(now - then for now, then in zip(self.by_position, old, strict=True))
+        drafts, drafted = self.drafts - before.drafts, self.drafted - before.drafted
+        return Counters(drafts, drafted, self.accepted - before.accepted, positions)
+
+
+def parse_counters(text: str) -> Counters | None:
+    """The counters in Prometheus' text format, summed over engines; None where there are none."""
+    sums: dict[tuple[str, int], dict[bool, float]] = {}
+    for line in text.splitlines():
+        if match := _SAMPLE.fullmatch(line.strip()):
+            name, total, labels, value = match.groups()
+            place = _POSITION.search(labels or "")
+            by_suffix = sums.setdefault((name, int(place[1]) if place else -1), {})
+            by_suffix[bool(total)] = by_suffix.get(bool(total), 0.0) + float(value)
+    # A server that exports a counter with and without the suffix means one and the same.
+    found = {key: by_suffix.get(True, by_suffix.get(False, 0.0)) for key, by_suffix in sums.items()}
+    if ("drafts", -1) not in found:
+        return None
+    positions = 1 + max((place for name, place in found if name == "accepted_tokens_per_pos"), default=-1)
+    return Counters(
+        found["drafts", -1],
+        found.get(("draft_tokens", -1), 0.0),
+        found.get(("accepted_tokens", -1), 0.0),
+        tuple(found.get(("accepted_tokens_per_pos", k), 0.0) for k in range(positions)),
+    )
+
+
+class Server:
+    """An OpenAI-compatible server. Every method raises UserError, naming the address, when it does not answer."""
+
+    def __init__(self, url: str, timeout: float) -> None:
+        self.url, self._timeout = url.rstrip("/").removesuffix("/v1"), timeout
+
+    def model(self) -> str:
+        """The first model that it lists."""
+        return str(json.loads(self._ask("/v1/models"))["data"][0]["id"])
+
+    def counters(self) -> Counters:
+        """Its counters, once they stand still: the last are written after the answer is sent."""
+        before = self._counters()
+        while True:
+            time.sleep(0.2)
+            now = self._counters()
+            if now == before:
+                return now
+            before = now
+
+    def complete(self, request: Mapping[str, Any]) -> int:
+        """Tokens of the answer to one request."""
+        answer = json.loads(self._ask("/v1/completions", request))
+        return int(answer["usage"]["completion_tokens"])
+
+    def _counters(self) -> Counters:
+        found = parse_counters(self._ask("/metrics"))
+        if found is None:
+            raise UserError(
+                f"{self.url}/metrics: no counters {_PREFIX}*; it serves without speculative decoding, or is no vLLM"
+            )
+        return found
+
+    def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> str:
+        data = None if content is None else json.dumps(content).encode()
+        try:
+            request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            said = " ".join(error.read().decode(errors="replace").split())[:200]
+            raise UserError(f"{self.url}{path}: answers {error.code}: {said or error.reason}") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise UserError(f"{self.url}{path}: does not answer: {reason}; check --server") from error
+
+
+def check(config: ServedConfig) -> None:
+    """Raise UserError or DataError for what is wrong before anything is asked of the server."""
+    load_prompts(config, load_tokenizer(config.tokenizer or config.target.path))
+    if config.beside is not None and not (config.beside / RESULTS).exists():
+        raise UserError(f"{config.beside}: no finished results of dist-train evaluate here")
+
+
+def run(config: ServedConfig) -> None:
+    """Answer every task at every temperature and read the counters around each; write served.json and served.md."""
+    check(config)
+    server = Server(config.server, config.timeout)
+    server.counters()  # before anything is answered
+    model = config.model or server.model()
+    tasks = load_prompts(config, load_tokenizer(config.tokenizer or config.target.path))
+    beside = read_json(config.beside / RESULTS) if config.beside else None
+    if beside is not None:
+        _refuse_other_prompts(tasks, beside, config.beside)
+    rows = [
+        _measure(server, model, config, name, prompts, temperature)
+        for name, prompts in tasks.items()
+        for temperature in prompts.sampling.temperatures
+    ]
+    config.out.mkdir(parents=True, exist_ok=True)
+    found = {"server": server.url, "model": model, "rows": rows}
+    write_json(config.out / SERVED, found)
+    text = _as_markdown(rows, beside)
+    write_atomically(config.out / "served.md", [text.encode()])
+    save_config(config, config.out / "config.yaml")
+    print(f"{text}\nevaluate: {config.out / SERVED}", flush=True)
+
+
+def _measure(
+    server: Server, model: str, config: ServedConfig, name: str, prompts: Prompts, temperature: float
+) -> dict[str, Any]:
+    sampling = prompts.sampling
+    requests = [
+        {
+            "model": model,
+            "prompt": ids,  # as ids: the server's own template and tokenizer have no say
+            "max_tokens": sampling.max_new_tokens,
+            "temperature": temperature,
+            "top_p": sampling.top_p if temperature > 0 else 1.0,
+            "seed": unit_seed(config.seed, name, i) % 2**31,
+        }
+        for i, ids in enumerate(prompts.ids)
+    ]
+    before, began = server.counters(), time.monotonic()
+    with ThreadPoolExecutor(config.concurrency) as pool:
+        tokens = sum(pool.map(server.complete, requests))
+    seconds = time.monotonic() - began
+    counted = server.counters().since(before)
+    if not counted.drafts:
+        raise UserError(f"{server.url}: answered task {name} without drafting once; is its speculative decoding on?")
+    return {
+        "task": name,
+        "temperature": temperature,
+        "top_p": sampling.top_p,
+        "max_new_tokens": sampling.max_new_tokens,
+        "prompts": len(requests),
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds,
+        "target_calls": int(counted.drafts),
+        "gamma": counted.drafted / counted.drafts,
+        "block_efficiency": 1 + counted.accepted / counted.drafts,
+        "accepted_shares": [accepted / counted.drafts for accepted in counted.by_position],
+    }
+
+
+def _refuse_other_prompts(tasks: Mapping[str, Prompts], beside: Mapping[str, Any], folder: Path | None) -> None:
+    for name, prompts in tasks.items():
+        if beside["prompts"].get(name) != prompts.identity:
+            raise UserError(f"{folder}: its task {name} has other prompts, or none; nothing to show side by side")
+
+
+def _as_markdown(rows: Sequence[Mapping[str, Any]], beside: Mapping[str, Any] | None) -> str:
+    """The served figures and, below each, the offline ones of the same task, temperature, length and gamma."""
+    header = ["task", "gamma", "T", "measured", "drafting", "block efficiency", "accepted at position 1, 2, ..."]
+    lines = []
+    for row in rows:
+        at = [row["task"], f"{row['gamma']:g}", f"{row['temperature']:g}"]
+        lines.append([*at, "served", "", f"{row['block_efficiency']:.2f}", shares(row["accepted_shares"])])
+        same = ("task", "temperature", "top_p", "max_new_tokens", "gamma")
+        for other in beside["rows"] if beside else ():
+            if all(other[key] == row[key] for key in same):
+                efficiency = other["block_efficiency"]
+                figure = f"{efficiency['value']:.2f} {interval(efficiency)}"
+                who = f"offline, {other['drafter']}"
+                lines.append([*at, who, other["drafting"], figure, shares(other["accepted_shares"])])
+    return markdown(header, lines)

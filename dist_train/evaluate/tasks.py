@@ -1,0 +1,129 @@
+"""Prompt sets: known datasets in their own columns, from the hub or a local copy, and any file of prompts.
+
+The sampling settings of the presets are those of Goel et al. (2024) as recollected, not quoted from the paper: greedy
+for summarisation and translation, temperature 0.6 and top-p 0.9 for open-ended text, gamma 3 and 5 for all. The
+prompts' wording is ours. German-English translation is out of distribution for a drafter distilled on English
+instructions.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from data_shards.inputs import Record, dataset_files, find_files, plan_units, read_records
+from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
+from dist_train.errors import UserError
+from dist_train.prompts import encode_seeds, read_seeds
+from dist_train.tokenizer import Message, Tokenizer
+from dist_train.units import unit_seed
+
+
+@dataclass(frozen=True)
+class Known:
+    """A dataset: the prompt made of a record's fields, where the hub has it, and how its answers are sampled."""
+
+    template: str
+    hub: tuple[str, str | None, str] | None = None
+    """id, configuration, split"""
+    temperatures: tuple[float, ...] = (0.0,)
+    top_p: float = 1.0
+
+
+PRESETS = {
+    "dolly": Known(
+        "{instruction}\n\n{context}", ("databricks/databricks-dolly-15k", None, "train"), temperatures=(0.6,), top_p=0.9
+    ),
+    "xsum": Known(
+        "Summarize the following article in one sentence.\n\n{document}", ("EdinburghNLP/xsum", None, "test")
+    ),
+    "cnn_dailymail": Known(
+        "Summarize the following article in a few sentences.\n\n{article}", ("abisee/cnn_dailymail", "3.0.0", "test")
+    ),
+    "wmt18-de-en": Known(
+        "Translate the following German text to English.\n\n{translation[de]}", ("wmt/wmt18", "de-en", "test")
+    ),
+    # A second turn follows the target's answer to the first, which no file has.
+    "questions": Known("{turns[0]}"),
+}
+
+
+class Sampling(NamedTuple):
+    """How a task is decoded."""
+
+    temperatures: tuple[float, ...]
+    top_p: float
+    max_new_tokens: int
+
+
+class Prompts(NamedTuple):
+    """A task made ready: token ids of each prompt, and how to decode them."""
+
+    ids: list[list[int]]
+    sampling: Sampling
+
+    @property
+    def identity(self) -> int:
+        """Equal for equal prompts."""
+        return unit_seed(0, self.ids)
+
+
+def load_prompts(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prompts]:
+    """Each task by name. Raises UserError or DataError when prompts are missing or two tasks have one name."""
+    names = [task.name for task in config.tasks]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"tasks: two are named {min(twice)}; give each a name of its own")
+    return {
+        task.name: Prompts(encode_seeds(read_task(task), tokenizer), sampling(task, config)) for task in config.tasks
+    }
+
+
+def sampling(task: TaskSection, config: EvaluateConfig) -> Sampling:
+    """The task's own settings, else its preset's, else the evaluation's."""
+    known = PRESETS[task.preset] if task.preset else None
+    temperatures = task.temperatures or (known.temperatures if known else config.temperatures)
+    top_p = task.top_p or (known.top_p if known else config.top_p)
+    return Sampling(tuple(temperatures), top_p, task.max_new_tokens or config.max_new_tokens)
+
+
+def read_task(task: TaskSection) -> list[list[Message]]:
+    """The conversations of a task in file order; repeated prompts once.
+
+    Raises UserError where a field of the template is missing or nothing is left, DataError where files are.
+    """
+    template = task.template or (PRESETS[task.preset].template if task.preset else None)
+    if template is None:
+        assert task.inputs is not None
+        return read_seeds(SeedsSection(inputs=task.inputs, prompt_field=task.prompt_field, limit=task.limit))
+    found: dict[str, None] = {}
+    for path, record in _records(task):
+        if prompt := _fill(template, record, path):
+            found[prompt] = None
+        if len(found) == task.limit:
+            break
+    if not found:
+        raise UserError(f"task {task.name}: no prompts in it")
+    return [[{"role": "user", "content": prompt}] for prompt in found]
+
+
+def _records(task: TaskSection) -> Iterator[tuple[str, Record]]:
+    inputs = task.inputs
+    if inputs is None:
+        known = PRESETS[task.preset].hub if task.preset else None
+        assert known is not None
+        inputs = dataset_files(*known)
+    for unit in plan_units(find_files(inputs)):
+        for record in read_records(unit):
+            yield unit.path, record
+
+
+def _fill(template: str, record: dict[str, Any], path: str) -> str:
+    try:
+        return string.Formatter().vformat(template, (), record).strip()
+    except (KeyError, IndexError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: a record does not have what the prompt {template!r} is made of; its fields are "
+            f"{', '.join(record)}; name another template or preset"
+        ) from None
