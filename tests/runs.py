@@ -88,3 +88,20 @@ def on_ranks(code: str, ranks: int, *arguments, timeout: float = 300, check: boo
         for one in done:
             assert one.returncode == 0, f"{one.stdout}\n{one.stderr}"
     return done
+
+
+STAGE = """
+import sys
+from dist_train.train import loop, guard, lease
+{patch}
+from dist_train.cli import main
+code = main(sys.argv[1:])
+sys.stdout.flush(), sys.stderr.flush()
+import os
+os._exit(code)
+"""
+
+
+def patched(patch: str, ranks: int, *arguments, **options):
+    """Two ranks of the command line with a piece of the program changed."""
+    return on_ranks(STAGE.format(patch=patch), ranks, *arguments, **options)

@@ -62,8 +62,7 @@ def run(config: EvaluateConfig) -> None:
             cell, chosen = works[unit]
             write_json(path, models.decode(cell, tasks[cell.task], chosen))
 
-        share = len(range(runtime.rank, len(works), runtime.world_size))
-        with Progress("evaluate", share, "unit", enabled=runtime.is_first) as bar:
+        with Progress("evaluate", len(works), "unit", enabled=runtime.is_first) as bar:
             units.run(make, bar.update)
         if runtime.is_first:
             found: dict[Cell, dict[str, list[Any]]] = {cell: {"blocks": [], "lengths": []} for cell in cells}

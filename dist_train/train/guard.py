@@ -79,7 +79,13 @@ class Watchdog:
         self._step, self._beaten = step, time.monotonic()
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._seconds / 10)):
+        period, looked = min(1.0, self._seconds / 10), time.monotonic()
+        while not self._over.wait(period):
+            # A process that was stopped as a whole (SIGSTOP, SLURM's suspend) has not hung: that time does not count.
+            late = time.monotonic() - looked - period
+            looked = time.monotonic()
+            if late > period:
+                self._beaten += late
             if time.monotonic() - self._beaten > self._seconds:
                 print(
                     f"rank {self._rank}: no step finished for {self._seconds:g} s after step {self._step} "

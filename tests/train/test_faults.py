@@ -9,24 +9,7 @@ import sys
 import time
 
 import pytest
-from runs import distillation, figures, losses, on_ranks, weights
-
-STAGE = """
-import sys
-from dist_train.train import loop, guard, lease
-{patch}
-from dist_train.cli import main
-code = main(sys.argv[1:])
-sys.stdout.flush(), sys.stderr.flush()
-import os
-os._exit(code)
-"""
-
-
-def patched(patch: str, ranks: int, *arguments, **options):
-    """Two ranks of the command line with a piece of the program changed."""
-    return on_ranks(STAGE.format(patch=patch), ranks, *arguments, **options)
-
+from runs import STAGE, distillation, figures, losses, patched, weights
 
 NOT_FINITE = """
 import torch
