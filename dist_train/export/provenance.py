@@ -54,19 +54,19 @@ def is_hub_id(path: str) -> bool:
 
 
 def _entry(config: dict[str, Any], manifest: dict[str, Any]) -> dict[str, Any]:
-    train, data, state = config["train"], config["data"], manifest["state"]
+    train, data, steps = config["train"], config["data"], manifest["step"]
     entry: dict[str, Any] = {
         "objective": config["objective"],
         "data": [_source(source) for source in data["sources"]],
         "sequence_length": data["sequence_length"],
-        "steps": manifest["step"],
-        "tokens": state["tokens"],
+        "steps": steps,
+        "tokens": steps * train["global_batch"] * data["sequence_length"],
         "global_batch": train["global_batch"],
         "learning_rate": train["learning_rate"],
         "precision": train["precision"],
         "ranks": manifest["world_size"],
     }
-    if target := state.get("target"):
+    if target := manifest["state"]["target"]:
         entry["target"] = {**target, "path": public_name(target["path"])}
     return entry
 

@@ -24,7 +24,8 @@ PROMPTS = [
     "agrees or not before the target",
     "guesses",
 ]
-GREEDY = ["--temp", "0", "--top-k", "1", "-c", "256", "-fa", "off", "-ctk", "f32", "-ctv", "f32"]
+GREEDY = ["--temp", "0", "--top-k", "1", "-c", "256", "-fa", "off", "-ctk", "f32", "-ctv", "f32", "-t", "1"]
+LAST_WORDS = b"unaccounted time ="
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def pair(tiny, llama_cpp, tmp_path_factory):
     load_tokenizer(tiny.tokenizer).save(root / "target")
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.02 * torch.randn_like(parameter)
+            parameter += 0.01 * torch.randn_like(parameter)
     model.save_pretrained(root / "drafter")
     common = [f"tokenizer={tiny.tokenizer}", "dtype=fp32", "gguf=true", f"llama_cpp={llama_cpp}"]
     assert main(["export", f"drafter={root / 'target'}", f"out={root / 'served'}", *common]) == 0
@@ -70,19 +71,27 @@ def pair(tiny, llama_cpp, tmp_path_factory):
 
 
 def written(reference, ids):
-    """The bytes that llama.cpp prints for ids."""
+    """The bytes that llama.cpp prints for ids: it prints them as C strings, which leaves NUL out."""
     byte = re.compile("<0x([0-9A-F]{2})>")
     pieces = [reference.id_to_piece(i) for i in ids]
     return b"".join(
         bytes.fromhex(found[1]) if (found := byte.fullmatch(piece)) else piece.replace("\u2581", " ").encode()
         for piece in pieces
-    )
+    ).replace(b"\0", b"")
 
 
 def run(program, *arguments):
-    done = subprocess.run([str(word) for word in (program, *arguments)], capture_output=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout, done.stdout + done.stderr
+    """What a program of llama.cpp prints, to stdout and in all, up to its last words.
+
+    One thread prints both in order, and llama.cpp lets it die with what it had not printed yet when the program ends
+    (`common_log_main` in common/log.cpp, its issue 22142): on a busy machine the end is lost now and then.
+    """
+    for _ in range(20):
+        done = subprocess.run([str(word) for word in (program, *arguments)], capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+        if LAST_WORDS in done.stderr:
+            return done.stdout, done.stdout + done.stderr
+    raise AssertionError(f"{program.name} never printed its last words: {done.stderr[-2000:]!r}")
 
 
 def test_drafts_change_nothing_of_the_targets_greedy_output(tiny, pair, llama_cpp):
