@@ -10,7 +10,7 @@ import yaml
 from data_shards.files import read_json
 from dist_train.drafter import find_model
 from dist_train.errors import UserError
-from dist_train.run_folder import MANIFEST, verify
+from dist_train.run_folder import MANIFEST
 
 
 def training_provenance(drafter: Path) -> list[dict[str, Any]]:
@@ -33,14 +33,6 @@ def training_provenance(drafter: Path) -> list[dict[str, Any]]:
         before = config["drafter"].get("init_from")
         at = Path(before) if before else None
     return found
-
-
-def damaged_weights(drafter: Path) -> list[str]:
-    """What is wrong with the weights of a checkpoint, one line each; nothing where it is no checkpoint."""
-    folder = find_model(drafter)
-    if not (folder.parent / MANIFEST).exists():
-        return []
-    return [line for line in verify(folder.parent) if line.startswith(f"{folder.name}/") or MANIFEST in line]
 
 
 def public_name(path: str) -> str:

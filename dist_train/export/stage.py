@@ -7,14 +7,14 @@ from typing import Any
 
 from dist_train import __version__
 from dist_train.config import ExportConfig, TargetSection
-from dist_train.drafter import find_model, load_drafter
+from dist_train.drafter import damaged_weights, find_model, load_drafter
 from dist_train.errors import UserError
 from dist_train.export.assisted import check_assisted_generation
 from dist_train.export.card import Facts, model_card, read_results
 from dist_train.export.folder import atomic_folder, refuse_foreign, write_marker, write_model
 from dist_train.export.gate import Check, gate, source_gate
 from dist_train.export.gguf import find_converter, write_gguf
-from dist_train.export.provenance import damaged_weights, training_provenance
+from dist_train.export.provenance import training_provenance
 from dist_train.export.reference import Reference, reference_of_target, reference_of_tokenizer, token_ids
 from dist_train.prompts import encode_seeds, read_seeds
 from dist_train.runtime import quiet_libraries
@@ -61,7 +61,7 @@ def _check_export(config: ExportConfig, reference: Reference) -> None:
     assert config.out is not None
     refuse_foreign(config.out)
     source = find_model(config.drafter)
-    if damaged := damaged_weights(config.drafter):
+    if damaged := damaged_weights(source):
         raise UserError(f"{source.parent}: is damaged: {'; '.join(damaged)}; restore it or name another checkpoint")
     _raise_failed(source, source_gate(source, reference, config.serving_length))
     if config.llama_cpp is not None:
