@@ -159,7 +159,7 @@ class Runtime:
 def started() -> Iterator[Runtime]:
     """Start the process group (nccl with CUDA, gloo without) for the length of a `with` block."""
     world = find_world()
-    port = world.master_port or free_port()
+    port = world.master_port  # 0 of a process alone: whichever is free when it listens
     os.environ.update(
         RANK=str(world.rank),
         LOCAL_RANK=str(world.local_rank),

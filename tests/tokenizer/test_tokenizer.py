@@ -80,10 +80,16 @@ def test_the_check_tells_equal_from_different(tiny, tmp_path, cli):
 
 
 def test_a_conversion_that_merges_spaces_differently_is_found(shared, tmp_path):
-    """transformers' own conversion of the Llama 2 model, made from `tokenizer.model` alone."""
-    (tmp_path / "tokenizer.model").write_bytes((shared / "llama2" / "tokenizer.model").read_bytes())
-    theirs = HuggingFaceTokenizer(str(tmp_path))
-    found = differences(load_tokenizer(shared / "llama2" / "tokenizer.model"), theirs, PROBES)
+    """Two spaces before a word are `▁ ▁word` to sentencepiece; a conversion with its merges out of order joins them."""
+    original = load_tokenizer(shared / "llama2" / "tokenizer.model")
+    original.save(tmp_path)
+    (tmp_path / "tokenizer.model").unlink()
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    merges = [tuple(merge) for merge in content["model"]["merges"]]
+    merges.remove(("▁", "▁"))
+    content["model"]["merges"] = [("▁", "▁"), *merges]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    found = differences(original, HuggingFaceTokenizer(str(tmp_path)), PROBES)
     assert any(line.startswith("encoding:") for line in found)
 
 
