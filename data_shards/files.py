@@ -54,7 +54,7 @@ class AtomicFile:
                     os.fsync(self._file.fileno())
                     self._file.close()
                     self._temporary.replace(self.path)
-                    _fsync_folder(self.path.parent)
+                    fsync(self.path.parent)
         finally:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -91,9 +91,9 @@ def remove_stale(folder: Path, older_than_seconds: float = 3600) -> None:
                 path.unlink()
 
 
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename durable: the new name lives in the folder, not in the file."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def fsync(path: Path) -> None:
+    """Make a file durable, or of a folder the names in it: a new name lives in the folder, not in the file."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -106,9 +106,7 @@ def read_drafter_config(path: Path) -> Any:
 
 def damaged_weights(folder: Path) -> list[str]:
     """What is wrong with the weights in the Hugging Face folder of a checkpoint, one line each; elsewhere nothing."""
-    if not (folder.parent / MANIFEST).exists():
-        return []
-    return [line for line in verify(folder.parent) if line.startswith(f"{folder.name}/") or MANIFEST in line]
+    return verify(folder.parent, f"{folder.name}/") if (folder.parent / MANIFEST).exists() else []
 
 
 def find_model(path: Path) -> Path:

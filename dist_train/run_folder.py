@@ -39,14 +39,18 @@ def list_checkpoints(run: Path) -> list[Path]:
     return committed(run / CHECKPOINTS)
 
 
-def verify(folder: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line each; reads every byte."""
+def verify(folder: Path, below: str = "") -> list[str]:
+    """What is wrong with a checkpoint, or with its files whose names begin with `below`, one line each; reads every
+    byte of them.
+    """
     try:
         manifest = read_json(folder / MANIFEST)
     except DataError as error:
         return [str(error)]
     found = []
     for name, record in manifest["files"].items():
+        if not name.startswith(below):
+            continue
         path = folder / name
         if not path.exists():
             found.append(f"{name} is missing")

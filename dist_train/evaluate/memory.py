@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dist_train.config import EvaluateConfig
-from dist_train.drafter import find_model
+from dist_train.drafter import read_drafter_config
 from dist_train.evaluate.tasks import load_prompts
 from dist_train.target import read_target_config
 from dist_train.tokenizer import load_tokenizer
@@ -18,13 +18,11 @@ def memory_report(config: EvaluateConfig, _world_size: int) -> str:
 
     Activations and what the libraries take for themselves come on top.
     """
-    from transformers import AutoConfig
-
     tasks = load_prompts(config, load_tokenizer(config.tokenizer or config.target.path)).values()
     tokens = max(max(map(len, task.ids)) + task.sampling.max_new_tokens for task in tasks)
     gamma, width = max(config.gammas), 2 if config.target.precision == "bf16" else 4
     target: Any = read_target_config(config.target)
-    drafters: list[Any] = [AutoConfig.from_pretrained(find_model(path)) for path in config.drafters.values()]
+    drafters: list[Any] = [read_drafter_config(path) for path in config.drafters.values()]
     room = config.batch_size * (tokens + gamma + 2)
     estimate = {
         "weights": width * sum(map(_parameters, [target, *drafters])),

@@ -12,7 +12,7 @@ import xxhash
 
 from data_shards.files import read_json, write_json
 from dist_train.config import EvaluateConfig, save_config
-from dist_train.drafter import find_model, load_drafter
+from dist_train.drafter import find_model, load_drafter, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, gather, write_results
@@ -31,12 +31,10 @@ BATCHES_A_UNIT = 4
 
 def check(config: EvaluateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
-    from transformers import AutoConfig
-
     tokenizer = load_tokenizer(config.tokenizer or config.target.path)
     target_size = read_target_config(config.target).vocab_size
     for name, path in config.drafters.items():
-        found = AutoConfig.from_pretrained(find_model(path)).vocab_size
+        found = read_drafter_config(path).vocab_size
         if found != target_size:
             raise UserError(f"drafter {name}: a vocabulary of {found}, the target's has {target_size}")
     load_prompts(config, tokenizer)

@@ -62,10 +62,14 @@ def read_results(folder: Path, drafter: Path) -> str:
         raise UserError(f"{folder}: results of {tried}, none of which is {drafter}; evaluate this one")
     shown = {None, name, results["base"]}
     rows = {key: [row for row in results.get(key, []) if row["drafter"] in shown] for key in ("rows", "token_rate")}
-    tables = results_markdown({**results, **rows})
+    comparisons = [row for row in results["comparisons"] if {row["of"], row["over"]} <= shown]
+    tables = results_markdown({**results, **rows, "comparisons": comparisons})
+    settings = [
+        f"{row['task']}: top-p {row['top_p']:g}, at most {row['max_new_tokens']} new tokens" for row in rows["rows"]
+    ]
     return (
         f"By dist-train evaluate, target {public_name(results['target']['path'])}; this drafter is *{name}*; "
-        f"top-p {results['top_p']:g}, at most {results['max_new_tokens']} new tokens, 95 % bootstrap intervals. "
+        f"{'; '.join(dict.fromkeys(settings))}; 95 % bootstrap intervals. "
         "Block efficiency: tokens per call of the target, at most gamma + 1. MBSU: memory-bound speed-up.\n\n"
         f"{tables}"
     )

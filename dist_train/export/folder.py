@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 import uuid
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from data_shards.files import file_xxh64, read_json, write_json
+from data_shards.files import file_xxh64, fsync, read_json, write_json
 from dist_train.drafter import load_drafter
 from dist_train.errors import UserError
 from dist_train.export.reference import Reference
@@ -70,11 +69,11 @@ def atomic_folder(out: Path) -> Iterator[Path]:
         _remove_stale(out)
         yield temporary
         for path in temporary.rglob("*"):
-            _fsync(path)
+            fsync(path)
         if out.exists():
             out.replace(replaced)
         temporary.replace(out)
-        _fsync(out.parent)
+        fsync(out.parent)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk as an error of its own
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(f"{out}: cannot be written: {reason}; free space or choose another out") from error
@@ -99,11 +98,3 @@ def _remove_stale(out: Path) -> None:
     for path in out.parent.glob(f".{out.name}.*.tmp"):
         if time.time() - path.stat().st_mtime > _STALE_SECONDS and (out.exists() or path.suffixes[-2:-1] != [".old"]):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

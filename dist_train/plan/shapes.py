@@ -73,13 +73,11 @@ def target_shape(section: TargetSection) -> Any:
 
 def drafter_shape(config: TrainConfig, vocab_size: int) -> Any:
     """The drafter's configuration: of the weights that it starts from if they are there, else by `drafter`'s sizes."""
-    from transformers import AutoConfig
-
-    from dist_train.drafter import drafter_config, find_model
+    from dist_train.drafter import drafter_config, read_drafter_config
 
     start = config.drafter.init_from
     if start is not None and start.exists():
-        return AutoConfig.from_pretrained(find_model(start))
+        return read_drafter_config(start)
     return drafter_config(config.drafter, vocab_size, bos_id=1, eos_id=2)
 
 
