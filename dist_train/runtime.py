@@ -159,14 +159,15 @@ class Runtime:
 def started() -> Iterator[Runtime]:
     """Start the process group (nccl with CUDA, gloo without) for the length of a `with` block."""
     world = find_world()
-    port = world.master_port  # 0 of a process alone: whichever is free when it listens
-    os.environ.update(
-        RANK=str(world.rank),
-        LOCAL_RANK=str(world.local_rank),
-        WORLD_SIZE=str(world.size),
-        MASTER_ADDR=world.master_addr,
-        MASTER_PORT=str(port),
-    )
+    place = {
+        "RANK": world.rank,
+        "LOCAL_RANK": world.local_rank,
+        "WORLD_SIZE": world.size,
+        "MASTER_ADDR": world.master_addr,
+        "MASTER_PORT": world.master_port,  # 0 of a process alone: whichever is free when it listens
+    }
+    before = {name: os.environ.get(name) for name in place}
+    os.environ.update({name: str(value) for name, value in place.items()})
     import torch
 
     quiet_libraries()
@@ -191,6 +192,11 @@ def started() -> Iterator[Runtime]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+        # What this process starts next has a place of its own.
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def quiet_libraries() -> None:

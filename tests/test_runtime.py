@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.errors import UserError
-from dist_train.runtime import find_world
+from dist_train.runtime import find_world, started
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
 SRUN = {
@@ -74,3 +74,13 @@ def test_nothing_is_compiled_at_the_start(tmp_path):
     )
     assert done.stdout.split() == ["1"], done.stderr
     assert not (tmp_path / "operators").exists()
+
+
+def test_what_a_process_starts_later_does_not_inherit_its_place(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with started() as runtime:
+        assert runtime.world_size == 1 and os.environ["WORLD_SIZE"] == "1"
+    assert not {"RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"} & os.environ.keys()
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
