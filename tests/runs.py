@@ -60,6 +60,13 @@ def weights(run: Path, folder: str = "model") -> dict[str, torch.Tensor]:
     return {name: weight for file in files for name, weight in load_file(file).items()}
 
 
+ENDED = """
+import os as _os, sys as _sys
+_sys.stdout.flush(), _sys.stderr.flush()
+_os._exit(0)  # as the command line ends its ranks: PyTorch's threads may abort an interpreter that goes down
+"""
+
+
 def on_ranks(code: str, ranks: int, *arguments, timeout: float = 300, check: bool = True) -> list:
     """Execute Python code in `ranks` processes that know each other; what each returned, printed and complained."""
     with socket.socket() as probe:
@@ -71,7 +78,7 @@ def on_ranks(code: str, ranks: int, *arguments, timeout: float = 300, check: boo
         environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", code, *map(str, arguments)],
+                [sys.executable, "-c", code + ENDED, *map(str, arguments)],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

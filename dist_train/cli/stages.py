@@ -156,6 +156,19 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     return _run_stage(options)
 
 
+def end(code: int) -> int:
+    """The exit code of a command; where several ranks ran it, the process ends here.
+
+    All is written. What PyTorch's communication threads do while the interpreter goes down can abort a process, and a
+    finished run would count as failed.
+    """
+    if find_world().size > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def load(stage: Stage, words: Sequence[str]) -> Any:
     """The configuration that a file, if the first word is one, and overrides give."""
     from dist_train.config import load_config
@@ -183,11 +196,5 @@ def _run_stage(options: argparse.Namespace) -> int:
 
         module.check(config)
         return (launch_mpi if stage.mpi else launch)([stage.name, *words], options.nproc)
-    code: int | None = module.run(config)
-    if stage.trains and find_world().size > 1:
-        # All is written. What PyTorch's communication threads do while the interpreter goes down can abort a process,
-        # and a finished run would count as failed.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
-    return code or 0
+    code: int = module.run(config) or 0
+    return code if stage.mpi else end(code)

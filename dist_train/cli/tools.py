@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dist_train.cli.parser import add, processes
+from dist_train.cli.stages import end
 from dist_train.errors import UserError
 
 # -- demo -------------------------------------------------------------------------------------------------------
@@ -172,4 +173,4 @@ def _convert_checkpoint(options: argparse.Namespace) -> int:
         words = ["checkpoint", "convert", options.run, "--out", options.out, "--deepspeed", options.deepspeed]
         return launch([str(word) for word in words], options.nproc)
     convert(config, options.run, options.out, options.deepspeed)
-    return 0
+    return end(0)
