@@ -182,8 +182,9 @@ def started() -> Iterator[Runtime]:
     import deepspeed
 
     # Its CPU accelerator would compile an all-reduce that only its tensor-parallel inference calls, behind a lock file
-    # that a killed process leaves to all later ones. PyTorch's own serves.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # that a killed process leaves to all later ones. PyTorch's own serves. Set, not changed: reading it first would try
+    # the compiler and linker on every operator.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     deepspeed.init_distributed(
         "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
     )
