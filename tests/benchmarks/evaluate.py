@@ -136,7 +136,7 @@ def assisted(drafter: Any, target: Any, prompts: Prompts, gamma: int, limit: int
 def one_by_one(drafter: Any, target: Any, prompts: Prompts, gamma: int, limit: int) -> Outcome:
     """Spec-Bench's way: a loop at batch 1 over caches allocated once, whose length alone is set back."""
     room = max(map(len, prompts)) + limit + gamma + 2
-    caches = [StaticCache(model.config, max_cache_len=room) for model in (drafter, target)]
+    caches: list[Any] = [StaticCache(model.config, max_cache_len=room) for model in (drafter, target)]
     tokens = calls = 0
 
     def forward(which: int, ids: torch.Tensor, start: int) -> torch.Tensor:

@@ -67,7 +67,7 @@ def arrow(task: Task, rank: int, ranks: int) -> Iterating:
 
     folder = once(task.prepared, lambda folder: make_arrow(task.work, task.length, folder))
     table = datasets.load_from_disk(folder)
-    sampler: Any = DistributedSampler(table, ranks, rank, seed=0, drop_last=True)  # type: ignore[arg-type]
+    sampler: Any = DistributedSampler(table, ranks, rank, seed=0, drop_last=True)
     loader = DataLoader(table.with_format("numpy"), task.batch // ranks, sampler=sampler, drop_last=True, num_workers=2)
     done = task.state or 0
     seen = [done]

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from training import VOCAB, launch, prepared, random_target, seconds_a_step
+from training import VOCAB, finish, prepared, random_target, seconds_a_step, start
 
 from dist_train.config import TrainConfig, load_config
 from dist_train.doctor.measure import gemm_rates
@@ -48,7 +48,7 @@ def words(run: Path, tokenizer: Path, corpus: Path, shape: dict[str, int], lengt
 
 
 def tokens_a_second(stage: str, run: Path, config: list[str], tokens: int) -> float:
-    launch([sys.executable, "-m", "dist_train", stage, *config], 1)
+    finish(start([sys.executable, "-m", "dist_train", stage, *config], 1))
     return tokens / seconds_a_step(run, FIRST)
 
 

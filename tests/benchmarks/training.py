@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,8 +56,9 @@ def random_target(folder: Path, tokenizer: Path, layers: int, width: int) -> Pat
 
     from dist_train.tokenizer import load_tokenizer
 
-    sizes = {"hidden_size": width, "intermediate_size": 11 * width // 4, "num_attention_heads": width // 64}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, num_hidden_layers=layers, **sizes))
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 11 * width // 4}
+    sizes |= {"num_hidden_layers": layers, "num_attention_heads": width // 64}
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes))
     model.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).save_pretrained(folder / "target")
     load_tokenizer(tokenizer).save(folder / "target")
     return folder / "target"
@@ -133,7 +135,8 @@ def bare_loop(settings: dict) -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     tokens = ShardedTokens(settings["corpus"])
-    model = new_drafter(drafter_config(DrafterSection(**SHAPE), VOCAB, 1, 2), 0).to(device)
+    model: Any = new_drafter(drafter_config(DrafterSection(**SHAPE), VOCAB, 1, 2), 0)
+    model.to(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
     if settings["compile"]:
         model = torch.compile(model)
