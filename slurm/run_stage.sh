@@ -13,7 +13,13 @@ restarts=${SLURM_RESTART_COUNT:-0}
 
 say() { echo "[$(date '+%F %T')] job $job, start $((restarts + 1)): $*"; }
 field() { sed -n "s/.*\b$1=\([^ ]*\).*/\1/p" <<<"$record" | head -n 1; }
-look() { record=$(scontrol show job "$job" 2>/dev/null); }
+look() { # a controller that has just lost a node may not answer at once
+    local try
+    for try in 1 2 3; do
+        record=$(scontrol show job "$job" 2>/dev/null) && return
+        sleep 1
+    done
+}
 seconds_left() {
     local end=$(field EndTime)
     end=$(date -d "${end:-unknown}" +%s 2>/dev/null) || end=$(($(date +%s) + 10 ** 9)) # no limit
@@ -62,7 +68,9 @@ find_reason() {
     look
     local preempted=
     [[ -n $(field PreemptTime) && $(field PreemptTime) != None ]] && preempted=1
-    if (($(field Restarts) > restarts)); then # SLURM has requeued it by itself
+    if [[ ! $record ]]; then # SLURM does not say: only its own words in the log are left
+        if node_lost; then over=1 reason="node failure"; else reason=$notice; fi
+    elif (($(field Restarts) > restarts)); then # SLURM has requeued it by itself
         over=1
         if node_lost; then reason="node failure"; elif [[ $preempted ]]; then reason=preemption; else reason=requeued; fi
     elif [[ $(field JobState) != RUNNING ]]; then

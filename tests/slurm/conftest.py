@@ -108,14 +108,19 @@ class Cluster:
             assert time.monotonic() < deadline, f"after {timeout} s not true: {what}\n{said}"
             time.sleep(0.2)
 
-    def until_restarted(self, job: str, restarts: int, log: Path) -> None:
-        """Wait until a job runs for the `restarts`-th time after its first, hurried on its way."""
+    def until_restarted(self, job: str, restarts: int, log: Path, *, hurried: bool = True) -> None:
+        """Wait until a job runs for the `restarts`-th time after its first.
+
+        Not `hurried` where SLURM found out by itself that a node was lost: for about a minute it goes on telling that
+        node to end the job, and a start that the node has by then would be ended in the old one's place.
+        """
         pending_since = None
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 240
         while (known := self.show(job))["JobState"] != "RUNNING" or int(known["Restarts"]) < restarts:
             assert time.monotonic() < deadline, f"{known['JobState']}\n{log.read_text()}"
             assert known["JobState"] not in FINISHED, f"{known['JobState']}\n{log.read_text()}"
-            pending_since = self._hurry(job, known, pending_since)
+            if hurried:
+                pending_since = self._hurry(job, known, pending_since)
             time.sleep(0.3)
 
     def kill_node(self, name: str) -> None:

@@ -116,9 +116,9 @@ def test_five_interruptions_and_a_lost_node_change_nothing(slurm, tiny, cli, tmp
     reached = step_reached(run)
     slurm.until("steps of this start", lambda: step_reached(run) >= reached + 5, log)
     slurm.kill_node("n2")
-    slurm.until("n2 is down", lambda: "down" in slurm.run("sinfo", "-h", "-n", "n2", "-o", "%T").stdout, log)
+    slurm.until("n2 is down", lambda: "State=DOWN" in slurm.run("scontrol", "show", "node", "n2").stdout, log)
     slurm.start_node("n2")
-    slurm.until_restarted(job, 3, log)
+    slurm.until_restarted(job, 3, log, hurried=False)
     for restarts in (4, 5, 6):
         reached = step_reached(run)
         slurm.until("steps of this start", lambda reached=reached: step_reached(run) >= reached + 5, log)
