@@ -60,7 +60,7 @@ def test_a_demo_on_given_data_and_target(tiny, tmp_path):
     seeds = tmp_path / "seeds.jsonl"
     seeds.write_text("".join(json.dumps({"prompt": f"Say word {number}"}) + "\n" for number in range(60)))
     given = ["--target", tiny.target, "--corpus", tiny.root / "text.jsonl", "--seeds", seeds]
-    run = demo("--out", out, "--scale", SMOKE, *given)
+    run = demo("--out", out, "--scale", SMOKE, "--nproc", 1, *given)
     said = run.communicate(timeout=500)[0]
     assert run.returncode == 0, said
     assert (out / "report.html").exists()

@@ -44,7 +44,7 @@ def submitted(slurm, tiny, tmp_path, *options, seconds, steps=STEPS, more=()):
 def test_the_time_limit_is_survived(slurm, tiny, tmp_path, undisturbed):
     """SLURM's own limit of a minute, and its notice before."""
     options = ("--time=1", "--signal=B:USR1@10")
-    job, log, run = submitted(slurm, tiny, tmp_path, *options, seconds=0.6, more=["export DIST_TRAIN_NOTICE=10"])
+    job, log, run = submitted(slurm, tiny, tmp_path, *options, seconds=0.45, more=["export DIST_TRAIN_NOTICE=10"])
     known = slurm.wait(job, log)
     said = log.read_text()
     assert known["JobState"] == "COMPLETED" and int(known["Restarts"]) >= 1, said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import urllib.request
 
@@ -37,6 +38,17 @@ def test_srun_without_its_mpi_is_an_error_that_names_the_mend(slurm, tiny, tmp_p
     told = slurm.run("srun", "--nodes=2", "--ntasks=2", "--mpi=none", *command, cwd=tmp_path, expect=2)
     assert told.stderr.count("srun --mpi=") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_doctor_inside_a_job_tells_of_every_node(slurm, tmp_path):
+    command = f"srun {sys.executable} -m dist_train doctor --folder {tmp_path}"
+    job = slurm.submit(*TWO_NODES, "--output=doctor.log", f"--wrap={command}", cwd=tmp_path)
+    known, said = slurm.wait(job, tmp_path / "doctor.log"), (tmp_path / "doctor.log").read_text()
+    assert "2 started by slurm, 2 nodes" in said
+    for check in ("device", "versions", "gemm fp32", "clock", "disk"):
+        for node in ("n1", "n2"):
+            assert re.search(rf"^ok +{check} +{node} ", said, re.MULTILINE), said
+    assert (known["JobState"], "all well" in said) == ("COMPLETED", True), said
 
 
 def test_an_element_of_an_array_that_failed_is_repeated_alone(slurm, tiny, tmp_path):

@@ -63,6 +63,7 @@ with started() as runtime:
         mine = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in held)
         share = mine / sum(p.numel() for p in whole.get_decoder().parameters())
         print(path.name, round(share, 3))
+    runtime.barrier()  # the others may still need what rank 0 holds to find each other
 """
 
 
