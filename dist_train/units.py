@@ -19,6 +19,7 @@ from dist_train.errors import UserError
 from dist_train.runtime import Runtime
 
 PLAN = "_plan.json"  # readers of a folder of answers pass over names that begin with an underscore
+BEGUN = "_begun.json"
 COMPLETE = "_complete.json"
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -32,7 +33,11 @@ class Units:
 
     def __init__(self, folder: Path, plan: dict[str, Any], count: int, suffix: str, runtime: Runtime) -> None:
         self.folder, self.count, self.suffix, self.runtime = folder, count, suffix, runtime
-        runtime.agree(lambda: _adopt(folder, plan))
+        runtime.agree(lambda: _adopt(folder / PLAN, plan))
+
+    def hold(self, facts: dict[str, Any]) -> None:
+        """As the plan, for what is known only to those who work: refused where it was another when work began."""
+        self.runtime.agree(lambda: _adopt(self.folder / BEGUN, facts))
 
     def path(self, unit: int) -> Path:
         """Where the outcome of a unit is."""
@@ -154,10 +159,11 @@ def unit_seed(seed: int, *what: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _adopt(folder: Path, plan: dict[str, Any]) -> None:
-    if (folder / PLAN).exists():
-        found = read_json(folder / PLAN)
-        changed = sorted(key for key in plan.keys() | found.keys() if plan.get(key) != found.get(key))
+def _adopt(path: Path, facts: dict[str, Any]) -> None:
+    folder = path.parent
+    if path.exists():
+        found = read_json(path)
+        changed = sorted(key for key in facts.keys() | found.keys() if facts.get(key) != found.get(key))
         if changed:
             raise UserError(
                 f"{folder}: holds work begun with another {', '.join(changed)}; remove it or write elsewhere"
@@ -167,4 +173,4 @@ def _adopt(folder: Path, plan: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another folder") from error
-    write_json(folder / PLAN, plan)
+    write_json(path, facts)

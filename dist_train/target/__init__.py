@@ -7,7 +7,8 @@ from dist_train.target.load import (
     load_causal_lm,
     read_target_config,
 )
-from dist_train.target.model import Target, matrix_parameters
+from dist_train.target.model import Target, matrix_parameters, weights_digest
+from dist_train.target.tokenizer import load_target_tokenizer
 
 __all__ = [
     "DTYPES",
@@ -15,6 +16,8 @@ __all__ = [
     "check_vocabulary",
     "from_pretrained_whole",
     "load_causal_lm",
+    "load_target_tokenizer",
     "matrix_parameters",
     "read_target_config",
+    "weights_digest",
 ]

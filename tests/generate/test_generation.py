@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from generations import files, generation, rows
 from runs import on_ranks
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data_shards.files import read_json
@@ -136,6 +138,21 @@ def test_part_of_an_outcome_is_not_packed(tiny, refused, undisturbed, tmp_path):
             (partial / path.name).write_bytes(path.read_bytes())
     packing = ["prepare", "format=chat", f"tokenizer={tiny.tokenizer}", f"out={tmp_path / 'packed'}"]
     assert "its answers are not all there yet" in refused(*packing, f"inputs={partial}")
+
+
+def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
+    shutil.copytree(tiny.target, tmp_path / "target")
+    again = generation(tiny, tmp_path / "out", f"target.path={tmp_path / 'target'}", "seeds.limit=8", "temperatures=0")
+    assert here(*again)[0] == 0
+    whole = files(tmp_path / "out")
+    weights = load_file(tmp_path / "target" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, tmp_path / "target" / "model.safetensors", {"format": "pt"})
+    assert here(*again)[0] == 0 and files(tmp_path / "out") == whole  # nothing is missing
+    (tmp_path / "out" / "unit-000001.parquet").unlink()
+    code, _, complaint = here(*again)
+    assert code == 2 and f"{tmp_path / 'out'}: holds work begun with another weights" in complaint
+    assert len(files(tmp_path / "out")) == 1
 
 
 def test_continuous_batching_gives_the_same_greedy_answers_and_repeats_itself(tiny, here, undisturbed, tmp_path):
