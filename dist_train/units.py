@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +56,22 @@ class Units:
 
         A rank takes the next unit that nobody has, so that a slow one does not hold the rest; ranks of other jobs that
         work on the same folder share it too, and units of ranks that died are made again. Collective. `workers`:
-        threads that call `make`. `progress` gets the number of finished units, of all ranks.
+        threads that call `make`; 1: this one. `progress` gets the number of finished units, of all ranks. Ctrl-C drops
+        the units under way; where threads make them, these go on until the process ends.
         """
         with Claims(self.folder) as claims:
             queue = _Queue(self, claims)
-            with ThreadPoolExecutor(workers) as threads:
-                for work in [threads.submit(self._work, queue, make, progress) for _ in range(workers)]:
-                    work.result()
+            work = partial(self._work, queue, make, progress)
+            try:
+                if workers == 1:
+                    work()
+                else:
+                    _in_threads(work, workers)
+            except KeyboardInterrupt:
+                # No second one: --nproc passes on what its terminal sends to all, and claims are yet to be let go of.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                queue.close()
+                raise KeyboardInterrupt("the same command goes on with what is missing") from None
         self.runtime.barrier()
 
     def conclude(self, facts: dict[str, Any]) -> None:
@@ -151,6 +162,19 @@ def refuse_partial(folder: Path) -> None:
             f"{folder}: its answers are not all there yet; start generate again to go on, or name the files "
             f"('{folder}/unit-*.parquet') to take what there is"
         )
+
+
+def _in_threads(work: Callable[[], None], count: int) -> None:
+    """Call `work` in `count` threads, and wait for them all; unless by Ctrl-C, for they may be long."""
+    threads, is_patient = ThreadPoolExecutor(count), True
+    try:
+        for one in [threads.submit(work) for _ in range(count)]:
+            one.result()
+    except KeyboardInterrupt:
+        is_patient = False
+        raise
+    finally:
+        threads.shutdown(is_patient)
 
 
 def unit_seed(seed: int, *what: object) -> int:

@@ -124,6 +124,26 @@ def test_a_killed_generation_goes_on(tiny, cli, undisturbed, tmp_path):
     assert 0 < counts[0] < 30
 
 
+def test_ctrl_c_drops_the_units_under_way_and_the_same_command_goes_on(tiny, fake_server, tmp_path):
+    """Decoding here, and of a server that fails and is asked again for ten minutes; a second one changes nothing."""
+    server = ["engine.kind=openai", f"engine.url={fake_server(faults=1.0).url}", "engine.model=tiny"]
+    long = ["max_new_tokens=200", "seeds.limit=200", "temperatures=[0, 1]"]
+    started = {}
+    for name, options in (("here", long), ("server", server)):
+        command = [sys.executable, "-m", "dist_train", *generation(tiny, tmp_path / name, *options)]
+        started[name] = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for name, process in started.items():
+        while process.poll() is None and not list(tmp_path.glob(f"{name}/_claim-*")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        complaint = process.communicate(timeout=20)[1]
+        assert process.returncode == 130, complaint
+        assert "goes on with what is missing" in complaint and complaint.count("\n") == 1
+        assert not list(tmp_path.glob(f"{name}/_claim-*")) and not (tmp_path / name / "_complete.json").exists()
+
+
 @pytest.mark.campaign
 def test_twenty_kills(tiny, cli, undisturbed, tmp_path):
     counts = series(tiny, cli, undisturbed, tmp_path / "out", 20, random.Random(int(os.environ.get("SEED", 0))))
