@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dist_train.errors import UserError
 from dist_train.losses import Head
 from dist_train.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
+from dist_train.target import from_pretrained_whole
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -79,16 +80,15 @@ def new_drafter(config: LlamaConfig, seed: int) -> PreTrainedModel:
 def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The drafter in a run folder, a checkpoint or a Hugging Face folder.
 
-    Raises UserError when there is none, and when a checkpoint's weights are damaged.
+    Raises UserError when there is none, and when weights are missing or a checkpoint's are damaged.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     folder = find_model(path)
     if damaged := damaged_weights(folder):
         raise UserError(f"{folder.parent}: is damaged: {'; '.join(damaged)}; restore it or name another checkpoint")
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return from_pretrained_whole(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit
         raise UserError(f"{folder}: no drafter can be loaded: {str(error).strip().splitlines()[0]}") from error
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from dist_train.errors import UserError
 from dist_train.runtime import Runtime
 
 PLAN = "_plan.json"  # readers of a folder of answers pass over names that begin with an underscore
+BEGUN = "_begun.json"
 COMPLETE = "_complete.json"
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -32,7 +35,11 @@ class Units:
 
     def __init__(self, folder: Path, plan: dict[str, Any], count: int, suffix: str, runtime: Runtime) -> None:
         self.folder, self.count, self.suffix, self.runtime = folder, count, suffix, runtime
-        runtime.agree(lambda: _adopt(folder, plan))
+        runtime.agree(lambda: _adopt(folder / PLAN, plan))
+
+    def hold(self, facts: dict[str, Any]) -> None:
+        """As the plan, for what is known only to those who work: refused where it was another when work began."""
+        self.runtime.agree(lambda: _adopt(self.folder / BEGUN, facts))
 
     def path(self, unit: int) -> Path:
         """Where the outcome of a unit is."""
@@ -49,13 +56,22 @@ class Units:
 
         A rank takes the next unit that nobody has, so that a slow one does not hold the rest; ranks of other jobs that
         work on the same folder share it too, and units of ranks that died are made again. Collective. `workers`:
-        threads that call `make`. `progress` gets the number of finished units, of all ranks.
+        threads that call `make`; 1: this one. `progress` gets the number of finished units, of all ranks. Ctrl-C drops
+        the units under way; where threads make them, these go on until the process ends.
         """
         with Claims(self.folder) as claims:
             queue = _Queue(self, claims)
-            with ThreadPoolExecutor(workers) as threads:
-                for work in [threads.submit(self._work, queue, make, progress) for _ in range(workers)]:
-                    work.result()
+            work = partial(self._work, queue, make, progress)
+            try:
+                if workers == 1:
+                    work()
+                else:
+                    _in_threads(work, workers)
+            except KeyboardInterrupt:
+                # No second one: --nproc passes on what its terminal sends to all, and claims are yet to be let go of.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                queue.close()
+                raise KeyboardInterrupt("the same command goes on with what is missing") from None
         self.runtime.barrier()
 
     def conclude(self, facts: dict[str, Any]) -> None:
@@ -148,16 +164,30 @@ def refuse_partial(folder: Path) -> None:
         )
 
 
+def _in_threads(work: Callable[[], None], count: int) -> None:
+    """Call `work` in `count` threads, and wait for them all; unless by Ctrl-C, for they may be long."""
+    threads, is_patient = ThreadPoolExecutor(count), True
+    try:
+        for one in [threads.submit(work) for _ in range(count)]:
+            one.result()
+    except KeyboardInterrupt:
+        is_patient = False
+        raise
+    finally:
+        threads.shutdown(is_patient)
+
+
 def unit_seed(seed: int, *what: object) -> int:
     """A random seed for one piece of work, from the run's seed and the names of the piece; below 2^63."""
     digest = hashlib.blake2b(repr((seed, *what)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def _adopt(folder: Path, plan: dict[str, Any]) -> None:
-    if (folder / PLAN).exists():
-        found = read_json(folder / PLAN)
-        changed = sorted(key for key in plan.keys() | found.keys() if plan.get(key) != found.get(key))
+def _adopt(path: Path, facts: dict[str, Any]) -> None:
+    folder = path.parent
+    if path.exists():
+        found = read_json(path)
+        changed = sorted(key for key in facts.keys() | found.keys() if facts.get(key) != found.get(key))
         if changed:
             raise UserError(
                 f"{folder}: holds work begun with another {', '.join(changed)}; remove it or write elsewhere"
@@ -167,4 +197,4 @@ def _adopt(folder: Path, plan: dict[str, Any]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another folder") from error
-    write_json(folder / PLAN, plan)
+    write_json(path, facts)

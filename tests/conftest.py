@@ -132,6 +132,16 @@ def tiny(tmp_path_factory, cli):
 
 
 @pytest.fixture(scope="session")
+def other_tokenizer(tiny):
+    """As many pieces as the tiny target's, and others."""
+    from dist_train.tokenizer import train_tokenizer
+
+    texts = ["zebras quickly jump over every lazy fox who vexes xylophones of jazz" for _ in range(50)]
+    train_tokenizer(texts, tiny.root / "other_tokenizer", tiny.vocab_size)
+    return tiny.root / "other_tokenizer"
+
+
+@pytest.fixture(scope="session")
 def shared():
     """The folder of real data and the real Llama 2 tokenizer, where there is one."""
     folder = os.environ.get("DIST_TRAIN_SHARED")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from data_shards.errors import DataError
 from dist_train import __version__
-from dist_train.cli.parser import BAD_INPUT, Parser
+from dist_train.cli.parser import BAD_INPUT, STOPPED, Parser
 from dist_train.cli.preflight import add_preflight
 from dist_train.cli.slurm import add_job, add_status, add_submit
 from dist_train.cli.stages import STAGES, add_stage
@@ -20,7 +20,7 @@ from dist_train.errors import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 for bad input, told in one line."""
+    """Run one command and return its exit code: 0 done, 2 for bad input, told in one line; Ctrl-C ends the process."""
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # Overrides may stand after options, which argparse does not expect of positional arguments.
@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, DataError) as error:
         _tell(f"dist-train {options.command}: {error}")
         return getattr(error, "exit_code", BAD_INPUT)
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt as stop:
+        _tell(f"dist-train {options.command}: {'; '.join(['stopped', *stop.args])}")
+        os._exit(STOPPED)  # the interpreter's end would wait for threads that are at work
 
 
 def _tell(line: str) -> None:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from dist_train.cli.stages import Stage
 
 BAD_INPUT = 2
+STOPPED = 130  # as a shell has it of a process that SIGINT ended
 
 
 class Parser(argparse.ArgumentParser):

@@ -24,7 +24,7 @@ from dist_train.errors import UserError
 from dist_train.evaluate.results import RESULTS
 from dist_train.evaluate.tables import interval, markdown, shares
 from dist_train.evaluate.tasks import Prompts, load_prompts
-from dist_train.tokenizer import load_tokenizer
+from dist_train.target import load_target_tokenizer
 from dist_train.units import unit_seed
 
 SERVED = "served.json"
@@ -122,7 +122,7 @@ class Server:
 
 def check(config: ServedConfig) -> None:
     """Raise UserError or DataError for what is wrong before anything is asked of the server."""
-    load_prompts(config, load_tokenizer(config.tokenizer or config.target.path))
+    load_prompts(config, load_target_tokenizer(config.target, config.tokenizer))
     if config.beside is not None and not (config.beside / RESULTS).exists():
         raise UserError(f"{config.beside}: no finished results of dist-train evaluate here")
 
@@ -133,7 +133,7 @@ def run(config: ServedConfig) -> None:
     server = Server(config.server, config.timeout)
     server.counters()  # before anything is answered
     model = config.model or server.model()
-    tasks = load_prompts(config, load_tokenizer(config.tokenizer or config.target.path))
+    tasks = load_prompts(config, load_target_tokenizer(config.target, config.tokenizer))
     beside = read_json(config.beside / RESULTS) if config.beside else None
     if beside is not None:
         _refuse_other_prompts(tasks, beside, config.beside)

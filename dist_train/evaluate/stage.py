@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from data_shards.files import read_json, write_json
 from dist_train.config import EvaluateConfig, save_config
 from dist_train.drafter import find_model, load_drafter, read_drafter_config
@@ -19,8 +17,7 @@ from dist_train.evaluate.results import Cell, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts
 from dist_train.progress import Progress
 from dist_train.runtime import Runtime, started
-from dist_train.target import DTYPES, load_causal_lm, read_target_config
-from dist_train.tokenizer import load_tokenizer
+from dist_train.target import DTYPES, load_causal_lm, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.units import Units, unit_seed
 
 __all__ = ["check", "memory_report", "run"]
@@ -31,7 +28,7 @@ BATCHES_A_UNIT = 4
 
 def check(config: EvaluateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
-    tokenizer = load_tokenizer(config.tokenizer or config.target.path)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
     target_size = read_target_config(config.target).vocab_size
     for name, path in config.drafters.items():
         found = read_drafter_config(path).vocab_size
@@ -44,7 +41,7 @@ def run(config: EvaluateConfig) -> None:
     """Evaluate every drafter under every condition; on every rank."""
     check(config)
     with started() as runtime:
-        tokenizer = load_tokenizer(config.tokenizer or config.target.path)
+        tokenizer = load_target_tokenizer(config.target, config.tokenizer)
         tasks = load_prompts(config, tokenizer)
         cells = _cells(config, tasks)
         length = BATCHES_A_UNIT * config.batch_size
@@ -156,16 +153,12 @@ class _Models:
 
 
 def _identity(config: EvaluateConfig, target: Any) -> dict[str, Any]:
-    """What tells targets apart wherever they lie: a hash of some numbers of every weight."""
-    digest = xxhash.xxh64()
-    for weight in target.parameters():
-        flat = weight.detach().flatten()
-        digest.update(flat[:: max(1, flat.numel() // 64)].float().cpu().numpy().tobytes())
+    """What tells targets apart."""
     return {
         "path": config.target.path,
         "revision": config.target.revision,
         "precision": config.target.precision,
-        "weights": digest.hexdigest(),
+        "weights": weights_digest(target),
     }
 
 

@@ -22,8 +22,8 @@ from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
 from dist_train.prompts import encode_seeds, read_all_seeds
 from dist_train.runtime import Runtime, started
-from dist_train.target import check_vocabulary, load_causal_lm, read_target_config
-from dist_train.tokenizer import Tokenizer, load_tokenizer
+from dist_train.target import load_causal_lm, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.tokenizer import Tokenizer
 from dist_train.units import COMPLETE, Units, unit_seed
 
 STATISTICS = "_statistics.json"
@@ -46,9 +46,7 @@ class Work(NamedTuple):
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
-    tokenizer = load_tokenizer(config.tokenizer or config.target.path)
-    if read_target_config(config.target).vocab_size < tokenizer.vocab_size:
-        check_vocabulary(config.target, tokenizer.vocab_size, tokenizer.source)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
     read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
 
 
@@ -56,12 +54,13 @@ def run(config: GenerateConfig) -> None:
     """Answer every seed under every condition; on every rank."""
     check(config)
     with started() as runtime:
-        tokenizer = load_tokenizer(config.tokenizer or config.target.path)
+        tokenizer = load_target_tokenizer(config.target, config.tokenizer)
         generation = Generation(config, tokenizer, runtime)
         units = Units(config.out, generation.plan, generation.count, ".parquet", runtime)
         began = time.monotonic()
         missing = runtime.agree(units.missing)
         if missing:
+            units.hold({"weights": generation.weights})
             if runtime.is_first:
                 (config.out / COMPLETE).unlink(missing_ok=True)
             workers = min(len(missing), generation.engine.units_at_once(config.batch_size))
@@ -120,7 +119,18 @@ class Generation:
     @cached_property
     def engine(self) -> Engine:
         """What decodes, made when first needed: a rerun with nothing to do loads no model."""
-        return _engine(self._config, self._tokenizer, self._vocab_size, self._runtime)
+        if self._config.engine.kind == "openai":
+            return _server(self._config, self._tokenizer, self._vocab_size)
+        return _decoder(self._config, self._tokenizer, self._model)
+
+    @cached_property
+    def _model(self) -> Any:
+        return load_causal_lm(self._config.target).to(self._runtime.device)
+
+    @property
+    def weights(self) -> str | None:
+        """What tells the model that decodes from another at the same path; a server does not say."""
+        return None if self._config.engine.kind == "openai" else weights_digest(self._model)
 
     def make(self, unit: int, path: Path) -> None:
         """Have one unit answered, and write its file."""
@@ -177,12 +187,9 @@ def _check_room(config: GenerateConfig, target: Any, prompts: Sequence[Sequence[
         )
 
 
-def _engine(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int, runtime: Runtime) -> Engine:
+def _decoder(config: GenerateConfig, tokenizer: Tokenizer, model: Any) -> Engine:
     from dist_train.generate.local import ContinuousBatches, StaticBatches
 
-    if config.engine.kind == "openai":
-        return _server(config, tokenizer, vocab_size)
-    model = load_causal_lm(config.target).to(runtime.device)
     eos_ids = [tokenizer.eos_id, *_as_list(model.generation_config.eos_token_id)]
     return (ContinuousBatches if config.engine.batching == "continuous" else StaticBatches)(model, eos_ids)
 

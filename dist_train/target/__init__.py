@@ -1,6 +1,23 @@
 """The target: a Hugging Face causal language model beside the drafter, whole or sharded."""
 
-from dist_train.target.load import DTYPES, check_vocabulary, load_causal_lm, read_target_config
-from dist_train.target.model import Target, matrix_parameters
+from dist_train.target.load import (
+    DTYPES,
+    check_vocabulary,
+    from_pretrained_whole,
+    load_causal_lm,
+    read_target_config,
+)
+from dist_train.target.model import Target, matrix_parameters, weights_digest
+from dist_train.target.tokenizer import load_target_tokenizer
 
-__all__ = ["DTYPES", "Target", "check_vocabulary", "load_causal_lm", "matrix_parameters", "read_target_config"]
+__all__ = [
+    "DTYPES",
+    "Target",
+    "check_vocabulary",
+    "from_pretrained_whole",
+    "load_causal_lm",
+    "load_target_tokenizer",
+    "matrix_parameters",
+    "read_target_config",
+    "weights_digest",
+]

@@ -10,6 +10,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -52,10 +53,9 @@ def check_vocabulary(section: TargetSection, vocab_size: int, of_what: str) -> N
 def load_causal_lm(section: TargetSection, **how: Any) -> Any:
     """The whole model, frozen, on the CPU; `how` goes to from_pretrained. Raises UserError when it cannot be loaded."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = from_pretrained_whole(
             section.path,
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
@@ -69,6 +69,18 @@ def load_causal_lm(section: TargetSection, **how: Any) -> Any:
             raise
         raise UserError(f"{section.path}: its weights are not those that its config.json describes") from error
     return model.eval().requires_grad_(False)
+
+
+def from_pretrained_whole(path: str | Path, **how: Any) -> Any:
+    """As transformers loads it, but a weight that its files lack is a UserError, where it takes random numbers."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise UserError(f"{path}: its files have no weight {missing[0]}{more}; fetch the model again")
+    return model
 
 
 def load_zero3(section: TargetSection, runtime: Runtime) -> Any:

@@ -177,7 +177,7 @@ def test_an_exported_drafter_is_loaded_and_encodes_as_sentencepiece(tiny, cli, t
         assert tokenizer.decode(reference.encode(text)) == text
 
 
-def test_mistakes_are_one_line(tiny, refused, tmp_path):
+def test_mistakes_are_one_line(tiny, refused, other_tokenizer, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -186,6 +186,7 @@ def test_mistakes_are_one_line(tiny, refused, tmp_path):
         (evaluation(tiny, tmp_path / "out", "drafters={x: /nowhere}"), "/nowhere: no run, checkpoint or Hugging Face"),
         (evaluation(tiny, tmp_path / "out", f"drafters={{x: {tmp_path / 'other'}}}"), "a vocabulary of 384"),
         (evaluation(tiny, tmp_path / "out", "tasks=[{name: a, inputs: /nowhere}]"), "/nowhere: no such input file"),
+        (evaluation(tiny, tmp_path / "out", f"tokenizer={other_tokenizer}"), f"is not the tokenizer of {tiny.target}"),
         (evaluation(tiny, tmp_path / "out", "tasks.0.prompt_field=question"), "no prompt in 'question'"),
         (generation(tiny, tmp_path / "out", "target.path=/nowhere"), "/nowhere"),
         (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from generations import files, generation, rows
 from runs import on_ranks
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from data_shards.files import read_json
@@ -122,6 +124,26 @@ def test_a_killed_generation_goes_on(tiny, cli, undisturbed, tmp_path):
     assert 0 < counts[0] < 30
 
 
+def test_ctrl_c_drops_the_units_under_way_and_the_same_command_goes_on(tiny, fake_server, tmp_path):
+    """Decoding here, and of a server that fails and is asked again for ten minutes; a second one changes nothing."""
+    server = ["engine.kind=openai", f"engine.url={fake_server(faults=1.0).url}", "engine.model=tiny"]
+    long = ["max_new_tokens=200", "seeds.limit=200", "temperatures=[0, 1]"]
+    started = {}
+    for name, options in (("here", long), ("server", server)):
+        command = [sys.executable, "-m", "dist_train", *generation(tiny, tmp_path / name, *options)]
+        started[name] = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    for name, process in started.items():
+        while process.poll() is None and not list(tmp_path.glob(f"{name}/_claim-*")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        complaint = process.communicate(timeout=20)[1]
+        assert process.returncode == 130, complaint
+        assert "goes on with what is missing" in complaint and complaint.count("\n") == 1
+        assert not list(tmp_path.glob(f"{name}/_claim-*")) and not (tmp_path / name / "_complete.json").exists()
+
+
 @pytest.mark.campaign
 def test_twenty_kills(tiny, cli, undisturbed, tmp_path):
     counts = series(tiny, cli, undisturbed, tmp_path / "out", 20, random.Random(int(os.environ.get("SEED", 0))))
@@ -136,6 +158,21 @@ def test_part_of_an_outcome_is_not_packed(tiny, refused, undisturbed, tmp_path):
             (partial / path.name).write_bytes(path.read_bytes())
     packing = ["prepare", "format=chat", f"tokenizer={tiny.tokenizer}", f"out={tmp_path / 'packed'}"]
     assert "its answers are not all there yet" in refused(*packing, f"inputs={partial}")
+
+
+def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
+    shutil.copytree(tiny.target, tmp_path / "target")
+    again = generation(tiny, tmp_path / "out", f"target.path={tmp_path / 'target'}", "seeds.limit=8", "temperatures=0")
+    assert here(*again)[0] == 0
+    whole = files(tmp_path / "out")
+    weights = load_file(tmp_path / "target" / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    save_file(weights, tmp_path / "target" / "model.safetensors", {"format": "pt"})
+    assert here(*again)[0] == 0 and files(tmp_path / "out") == whole  # nothing is missing
+    (tmp_path / "out" / "unit-000001.parquet").unlink()
+    code, _, complaint = here(*again)
+    assert code == 2 and f"{tmp_path / 'out'}: holds work begun with another weights" in complaint
+    assert len(files(tmp_path / "out")) == 1
 
 
 def test_continuous_batching_gives_the_same_greedy_answers_and_repeats_itself(tiny, here, undisturbed, tmp_path):

@@ -80,12 +80,13 @@ def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, cli, fake_server
     assert not files(tmp_path / "out")
 
 
-def test_mistakes_in_the_configuration(tiny, refused, tmp_path):
+def test_mistakes_in_the_configuration(tiny, refused, other_tokenizer, tmp_path):
     for options, message in (
         (["engine.kind=openai"], "kind openai needs url"),
         (["seeds.dataset={path: x}"], "seeds: inputs is required, or dataset, and not both"),
         (["seeds.prompt_field=question"], "no prompt in 'question'"),
         (["seeds.format=dolly"], "'instruction' and 'context'"),
+        ([f"tokenizer={other_tokenizer}"], f"{other_tokenizer} is not the tokenizer of {tiny.target}: pieces: "),
         (["temperatures=[-1]"], "temperatures.0"),
         (["max_new_tokens=250"], "set seeds.max_tokens=6"),
     ):

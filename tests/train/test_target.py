@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 from runs import on_ranks
 
@@ -63,6 +65,19 @@ with started() as runtime:
         mine = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in held)
         share = mine / sum(p.numel() for p in whole.get_decoder().parameters())
         print(path.name, round(share, 3))
+
+    from dist_train.drafter import load_drafter
+    from dist_train.errors import UserError
+
+    torn = Path(sys.argv[3])
+    section = TargetSection(path=str(torn), precision="fp32", sharding=sharding)
+    for load in (lambda: Target(section, runtime), lambda: load_drafter(torn)):
+        try:
+            load()
+        except UserError as error:
+            assert "model.layers.1.mlp.up_proj.weight" in str(error), error
+        else:
+            raise AssertionError("a weight that is missing was made up")
     runtime.barrier()  # the others may still need what rank 0 holds to find each other
 """
 
@@ -81,9 +96,23 @@ def families(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def torn(families, tmp_path_factory):
+    """A folder of weights, one of which is not there; tied ones are there once, and not missing."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("torn") / "Qwen2"
+    shutil.copytree(families / "Qwen2", folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize(("sharding", "ranks"), [("replicate", 1), ("zero3", 2), ("tp", 2), ("tp", 4)])
-def test_every_family_gives_the_losses_of_the_whole_model(families, sharding, ranks):
-    done = on_ranks(COMPARE, ranks, families, sharding)
+def test_every_family_gives_the_losses_of_the_whole_model(families, torn, sharding, ranks):
+    """And a target or drafter that lacks a weight is refused, which transformers would fill with random numbers."""
+    done = on_ranks(COMPARE, ranks, families, sharding, torn)
     shares = {line.split()[0]: float(line.split()[1]) for line in done[0].stdout.splitlines() if len(line.split()) == 2}
     assert set(shares) == set(FAMILIES)
     if sharding != "replicate":  # the rest are norms and biases, which tensor parallelism leaves whole

@@ -1,0 +1,27 @@
+"""The tokenizer through which a target is asked."""
+
+from __future__ import annotations
+
+from dist_train.config import TargetSection
+from dist_train.errors import UserError
+from dist_train.target.load import check_vocabulary, read_target_config
+from dist_train.tokenizer import PROBES, Tokenizer, differences, load_tokenizer
+
+
+def load_target_tokenizer(section: TargetSection, source: str | None) -> Tokenizer:
+    """The tokenizer at `source`, or where that is None the target's own; no model is loaded.
+
+    Raises UserError where `source` is not what the target has beside it, or has ids that the target does not know.
+    """
+    tokenizer = load_tokenizer(source or section.path)
+    if read_target_config(section).vocab_size < tokenizer.vocab_size:
+        check_vocabulary(section, tokenizer.vocab_size, tokenizer.source)
+    if source is None or source == section.path:
+        return tokenizer
+    try:
+        own = load_tokenizer(section.path)
+    except UserError:  # none there to compare with
+        return tokenizer
+    if found := differences(tokenizer, own, PROBES):
+        raise UserError(f"{source} is not the tokenizer of {section.path}: {'; '.join(found)}; leave out tokenizer")
+    return tokenizer
