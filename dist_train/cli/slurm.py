@@ -56,24 +56,22 @@ def add_submit(commands: argparse._SubParsersAction) -> None:
 
 def _run_submit(options: argparse.Namespace) -> None:
     from dist_train.config import SlurmSection, load_config
-    from dist_train.errors import UserError
+    from dist_train.config.read import read_tree
     from dist_train.slurm.checks import find_nodes
 
     given = {key: getattr(options, key) for key in SlurmSection.model_fields if getattr(options, key) is not None}
+    resources = read_tree(SlurmSection, given, "arguments")
+    after = dict.fromkeys(options.after.split(":"), "") if options.after else {}
     if options.stage == PIPELINE:
         from dist_train.config import PipelineConfig
 
         named = options.words[:1] if options.words and "=" not in options.words[0] else []
         config = load_config(PipelineConfig, Path(named[0]) if named else None, options.words[len(named) :])
         config.slurm = config.slurm.model_copy(update=given)
-        _submit_pipeline(config, dry_run=options.dry_run)
+        _submit_pipeline(config, after, dry_run=options.dry_run)
         return
     stage = _STAGES[options.stage]
-    resources = SlurmSection(**given)
-    if resources.array and stage.name != "generate":
-        raise UserError(f"--array {resources.array}: only generate shares its work among independent jobs")
     config = load(stage, options.words)
-    after = dict.fromkeys(options.after.split(":"), "") if options.after else {}
     _check(stage, config, resources, find_nodes(), waits=bool(after), only_tell=options.dry_run)
     _hand_over(stage, config, options.words, resources, after, dry_run=options.dry_run)
 
@@ -87,8 +85,11 @@ def _check(
     """
     from dist_train.errors import UserError
     from dist_train.slurm.checks import check_cluster, check_disk, gpu_gib
-    from dist_train.slurm.submit import with_defaults
+    from dist_train.slurm.submit import job_environment, with_defaults
 
+    if resources.array and stage.name != "generate":
+        raise UserError(f"--array {resources.array}: only generate shares its work among independent jobs")
+    job_environment(resources)
     full = with_defaults(stage.name, resources)
     module = importlib.import_module(stage.module)
     if not waits:
@@ -131,22 +132,30 @@ def _hand_over(
     return job
 
 
-def _submit_pipeline(config: PipelineConfig, *, dry_run: bool) -> None:
-    """All stages are checked before the first is submitted."""
+def _submit_pipeline(config: PipelineConfig, first: dict[str, str], *, dry_run: bool) -> None:
+    """All stages are checked before the first is submitted; those that wait for no other wait for the jobs `first`."""
+    from data_shards import DataError
+    from dist_train.errors import UserError
     from dist_train.slurm import pipeline
     from dist_train.slurm.checks import find_nodes
 
     stages = {name: _STAGES[section.stage or name] for name, section in config.stages.items()}
     configs = {name: pipeline.load_stage(name, config.stages[name], stages[name].config_class) for name in stages}
     folders = {name: _folder(stages[name], configs[name]) for name in stages}
-    pipeline.check_wiring(config, configs, folders)
+    awaited = pipeline.check_wiring(config, configs, folders)
     nodes = find_nodes()
-    for name, section in config.stages.items():
-        _check(stages[name], configs[name], config.job(name), nodes, waits=bool(section.after), only_tell=dry_run)
+    for name in stages:
+        try:
+            if awaited[name]:
+                pipeline.check_rest(configs[name], awaited[name])
+            waits = bool(awaited[name])
+            _check(stages[name], configs[name], config.job(name), nodes, waits=waits, only_tell=dry_run)
+        except (UserError, DataError) as error:
+            raise UserError(f"stages.{name}: {error}") from error
     jobs: dict[str, str] = {}
     for name, section in config.stages.items():
         words = [str(pipeline.keep_config(configs[name], folders[name], stages[name].name, dry_run=dry_run))]
-        after = {jobs[other]: str(folders[other].resolve()) for other in section.after or []}
+        after = {jobs[other]: str(folders[other].resolve()) for other in section.after or []} or first
         jobs[name] = _hand_over(stages[name], configs[name], words, config.job(name), after, dry_run=dry_run)
     if not dry_run:
         print(f"watch: dist-train status {' '.join(map(str, folders.values()))}")

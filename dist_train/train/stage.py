@@ -35,7 +35,7 @@ def check(config: TrainConfig) -> None:
     """Everything that can be known to be wrong before a process group starts. Raises UserError or DataError."""
     tokenizer = load_tokenizer(config.tokenizer)
     for source in config.data.sources:
-        _check_corpus(source.path, tokenizer, config)
+        check_corpus(source.path, tokenizer, config)
     if config.target is None and needs_target(config.objective):
         raise UserError(f"objective {config.objective} compares with a target; set target.path, or use {{ce: 1.0}}")
     vocab_size = _vocab_size(config, tokenizer)
@@ -46,7 +46,7 @@ def check(config: TrainConfig) -> None:
     else:
         _shape(config, tokenizer)
     if config.held_out is not None:
-        _check_corpus(config.held_out.path, tokenizer, config)
+        check_corpus(config.held_out.path, tokenizer, config)
         if config.held_out.path.resolve() in {source.path.resolve() for source in config.data.sources}:
             raise UserError(f"held_out.path {config.held_out.path} is trained on; hold another corpus out")
         if config.held_out.sequences % config.train.micro_batch:
@@ -216,7 +216,8 @@ def _vocab_size(config: TrainConfig, tokenizer: Tokenizer) -> int:
     return vocab_size
 
 
-def _check_corpus(path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
+def check_corpus(path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:
+    """Raise UserError where a corpus was made with another tokenizer, DataError where there is none."""
     if ShardedTokens(path).encoding.tokenizer != tokenizer.sha256:
         raise UserError(f"{path}: not made with the tokenizer {config.tokenizer}; prepare it again")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -104,7 +105,7 @@ def known_jobs(slurm):
     return set(slurm.run("squeue", "-h", "-a", "-t", "all", "-o", "%A").stdout.split())
 
 
-def test_submit_refuses_before_slurm_is_asked(slurm, tiny, tmp_path):
+def test_submit_refuses_before_slurm_is_asked(slurm, tiny, stages, tmp_path):
     before = known_jobs(slurm)
     keys = training(tiny, tmp_path / "run", steps=3)
     small = ("--gpus-per-node", "1")
@@ -121,25 +122,59 @@ def test_submit_refuses_before_slurm_is_asked(slurm, tiny, tmp_path):
     ):
         told = slurm.run(*SUBMIT, "pretrain", *keys, *more, cwd=tmp_path, expect=2)
         assert complaint in told.stderr and told.stderr.count("\n") == 1, told.stderr
+    large = ("pipeline", pipeline(tmp_path, stages), "slurm.nodes=3")
+    assert "3 nodes with 1 GPUs" in slurm.run(*SUBMIT, *large, cwd=tmp_path, expect=2).stderr
     assert known_jobs(slurm) <= before  # ended ones are forgotten after some minutes
 
 
-def test_a_pipeline_is_refused_as_a_whole(slurm, stages, tmp_path):
-    before = known_jobs(slurm)
-    mistakes = [
-        ("stages.distill.config.train.stpes=3", "stages.distill.config: unknown key train.stpes; did you mean"),
-        ("stages.distill.slurm.partitoin=x", "unknown key stages.distill.slurm.partitoin; did you mean"),
-        ("stages.distill.after=[generat]", "generat is not before it; did you mean generate?"),
-        ("stages.distill.after=[]", "/shards here, and no stage before makes it; stages.answers makes it"),
-        ("stages.answers.config.inputs=nowhere", "stages.answers.config: inputs: no nowhere here"),
-        (f"stages.distill.config.run.dir={tmp_path / 'shards'}", "both write to"),
-        ("stages.answers.stage=null", "stages.answers: no stage of that name; add stage: one of"),
-        ("slurm.nodes=3", "3 nodes with 1 GPUs"),
-    ]
-    for mistake, complaint in mistakes:
-        told = slurm.run(*SUBMIT, "pipeline", pipeline(tmp_path, stages), mistake, cwd=tmp_path, expect=2)
-        assert complaint in told.stderr and told.stderr.count("\n") == 1, told.stderr
-    assert known_jobs(slurm) <= before  # ended ones are forgotten after some minutes
+@pytest.mark.parametrize(
+    ("mistake", "complaint"),
+    [
+        ("distill.config.train.stpes=3", "stages.distill.config: unknown key train.stpes; did you mean"),
+        ("distill.slurm.partitoin=x", "unknown key stages.distill.slurm.partitoin; did you mean"),
+        ("distill.after=[generat]", "generat is not before it; did you mean generate?"),
+        ("distill.after=[]", "/shards here, and no stage before makes it; stages.answers makes it"),
+        ("answers.config.inputs=nowhere", "stages.answers.config: inputs: no nowhere here"),
+        ("distill.config.run.dir={tmp}/shards", "both write to"),
+        ("answers.stage=null", "stages.answers: no stage of that name; add stage: one of"),
+        ("generate.config.more_seeds=[{inputs: /no}]", "stages.generate.config: more_seeds.0.inputs: no /no here"),
+        ("answers.config.tokenizer=/no", "stages.answers: /no: no such tokenizer"),
+        ("distill.config.tokenizer=/no", "stages.distill: /no: no such tokenizer"),
+        ("distill.config.target.path=/no", "stages.distill: /no: no target model"),
+        ("distill.config.drafter.init_from={other}", "stages.distill: drafter.init_from: {other}: a vocabulary of 310"),
+        ("distill.config.held_out.path={other}", "stages.distill: {other}: "),
+        ("evaluate.config.drafters.other={other}", "stages.evaluate: drafters.other: {other}: a vocabulary of 310"),
+        ("evaluate.config.tasks.0.inputs=/no", "stages.evaluate.config: tasks.0.inputs: no /no here"),
+        ("evaluate.config.tasks.0.prompt_field=word", "stages.evaluate: "),
+        ("evaluate.slurm.env=/no", "stages.evaluate: /no: no such file; --env takes"),
+        ("distill.slurm.array=0-3", "stages.distill: --array 0-3: only generate"),
+    ],
+)
+def test_a_pipeline_is_refused_before_its_first_stage_is_submitted(
+    refused, stages, tiny, tmp_path, monkeypatch, mistake, complaint
+):
+    """Also for what only a later stage reads, where no stage before makes it."""
+    monkeypatch.setenv("PATH", "/nowhere")  # no SLURM
+    other = tmp_path / "other"
+    shutil.copytree(tiny.drafter, other)
+    shape = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**shape, "vocab_size": 310}))
+    mistake, complaint = (
+        text.replace("{tmp}", str(tmp_path)).replace("{other}", str(other)) for text in (mistake, complaint)
+    )
+    assert complaint in refused("submit", "pipeline", pipeline(tmp_path, stages), f"stages.{mistake}")
+    assert not list(tmp_path.rglob("_slurm-*"))
+
+
+def test_what_is_asked_of_slurm_for_all_stages_is_checked_and_kept(command, refused, stages, tmp_path):
+    again = {"stage": "generate", "config": {**stages["generate"]["config"], "out": "more"}, "after": []}
+    asked = ("submit", "pipeline", pipeline(tmp_path, {**stages, "again": again}), "--dry-run")
+    assert "stages.answers: --array 0-3: only generate" in refused(*asked, "--array", "0-3")
+    assert "gpus_per_node: " in refused(*asked, "--gpus-per-node=-1")
+    code, told, _ = command(*asked, "--after", "77:78")
+    options = [line for line in told.splitlines() if line.startswith("sbatch ")]
+    assert code == 0
+    assert ["--dependency=afterok:77:78" in line for line in options] == [True, False, False, False, True]
 
 
 def test_dry_run_prints_the_script_and_submits_nothing(slurm, tiny, stages, tmp_path):
