@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from data_shards.inputs import Record, find_files, plan_units, read_records
-from dist_train.config import SeedsSection
+from dist_train.config import SeedsSection, TaskSection
 from dist_train.errors import UserError
 from dist_train.formats import Conversation, conversations
 from dist_train.tokenizer import Message, Tokenizer
@@ -29,7 +29,7 @@ def read_seeds(
     seen: set[str] = set() if but is None else but
     found = list(islice(_wanted(section, tokenizer, seen), section.limit))
     if not found and but is None:
-        raise UserError(f"{section.source}: no prompts in it{_because(section)}")
+        raise UserError(f"{section.source}: no prompts in it{because(section)}")
     return found
 
 
@@ -38,7 +38,7 @@ def read_all_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer) -> li
     seen: set[str] = set()
     found = [messages for section in sections for messages in read_seeds(section, tokenizer, but=seen)]
     if not found:
-        raise UserError(f"{sections[0].source}: no prompts in it{_because(sections[0])}")
+        raise UserError(f"{sections[0].source}: no prompts in it{because(sections[0])}")
     return found
 
 
@@ -57,13 +57,28 @@ def is_held_out(text: str, share: float) -> bool:
     return int.from_bytes(digest, "little") < share * 2**64
 
 
+def is_on_side(messages: Conversation, section: SeedsSection | TaskSection) -> bool:
+    """Whether a conversation is on the side of the division that the section wants."""
+    if section.split == "all":
+        return True
+    first = next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
+    return is_held_out(first, section.held_out) == (section.split == "held_out")
+
+
+def because(section: SeedsSection | TaskSection) -> str:
+    """What left prompts out, for the end of a message."""
+    kept = {name: getattr(section, name, None) for name in ("where", "split", "min_tokens", "max_tokens")}
+    told = [f"{name}={value}" for name, value in kept.items() if value not in ({}, "all", 0, None)]
+    return f" with {', '.join(told)}" if told else ""
+
+
 def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str]) -> Iterator[list[Message]]:
     limits_tokens = section.min_tokens > 0 or section.max_tokens is not None
     if limits_tokens and tokenizer is None:
         raise UserError(f"{section.source}: min_tokens and max_tokens have no effect here; leave them out")
     for messages in conversations(_records(section), section):
         key = _key(messages)
-        if not messages or key in seen or not _on_side(messages, section):
+        if not messages or key in seen or not is_on_side(messages, section):
             continue
         seen.add(key)
         if limits_tokens and tokenizer is not None:
@@ -73,25 +88,12 @@ def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str]) 
         yield messages
 
 
-def _on_side(messages: Conversation, section: SeedsSection) -> bool:
-    if section.split == "all":
-        return True
-    first = next((message["content"] for message in messages if message["role"] == "user"), messages[0]["content"])
-    return is_held_out(first, section.held_out) == (section.split == "held_out")
-
-
 def _key(messages: Conversation) -> str:
     return json.dumps([(message["role"], _normalised(message["content"])) for message in messages])
 
 
 def _normalised(text: str) -> str:
     return " ".join(text.split())
-
-
-def _because(section: SeedsSection) -> str:
-    kept = {name: getattr(section, name) for name in ("where", "split", "min_tokens", "max_tokens")}
-    told = [f"{name}={value}" for name, value in kept.items() if value not in ({}, "all", 0, None)]
-    return f" with {', '.join(told)}" if told else ""
 
 
 def _records(section: SeedsSection) -> Iterator[Record]:

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
 from dist_train.config.base import Section, TargetSection
 
 Drafting = Literal["sampled", "greedy"]
 Preset = Literal["dolly", "xsum", "cnn_dailymail", "wmt18-de-en", "questions"]
+
+
+def _once(values: list[Any] | None) -> list[Any] | None:
+    """A condition measured twice would count its prompts twice, as if they were more."""
+    return values and list(dict.fromkeys(values))
+
+
+Once = AfterValidator(_once)
 
 
 class TaskSection(Section):
@@ -27,9 +35,15 @@ class TaskSection(Section):
     """without a preset: field with the instruction, or with chat messages"""
     template: str | None = None
     """prompt with a record's fields in braces, such as 'Summarise: {article}'"""
+    split: Literal["all", "train", "held_out"] = "all"
+    """one side of the division by a hash of a conversation's first user message that the seeds of generate have"""
+    held_out: float = Field(default=0.05, gt=0, lt=1)
+    """share of prompts that are held out; the same wherever the two sides are used"""
+    max_tokens: PositiveInt | None = None
+    """leave out prompts of more tokens, chat template included"""
     limit: PositiveInt | None = None
     """use the first so many"""
-    temperatures: list[NonNegativeFloat] | None = Field(default=None, min_length=1)
+    temperatures: Annotated[list[NonNegativeFloat] | None, Once] = Field(default=None, min_length=1)
     """null: the preset's, or else the evaluation's; likewise top_p and max_new_tokens"""
     top_p: float | None = Field(default=None, gt=0, le=1)
     max_new_tokens: PositiveInt | None = None
@@ -66,13 +80,13 @@ class EvaluateConfig(Section):
     tasks: list[TaskSection] = Field(min_length=1)
     out: Path
     """folder of the results"""
-    gammas: list[PositiveInt] = Field(default=[3, 5], min_length=1)
+    gammas: Annotated[list[PositiveInt], Once] = Field(default=[3, 5], min_length=1)
     """tokens drafted per block"""
-    drafting: list[Drafting] = Field(default=["sampled", "greedy"], min_length=1)
+    drafting: Annotated[list[Drafting], Once] = Field(default=["sampled", "greedy"], min_length=1)
     """sampled: drafts drawn under the target's temperature and top-p, accepted with probability sum min(p, q); greedy:
     the drafter's likeliest token, as servers do by default, accepted with q(argmax p); at temperature 0 one and the
     same"""
-    temperatures: list[NonNegativeFloat] = Field(default=[0.0, 0.6], min_length=1)
+    temperatures: Annotated[list[NonNegativeFloat], Once] = Field(default=[0.0, 0.6], min_length=1)
     top_p: float = Field(default=0.9, gt=0, le=1)
     max_new_tokens: PositiveInt = 128
     batch_size: PositiveInt = 32

@@ -47,11 +47,11 @@ def run(config: EvaluateConfig) -> None:
         length = BATCHES_A_UNIT * config.batch_size
         works = [
             (cell, range(first, min(first + length, len(tasks[cell.task].ids))))
-            for cell in cells
+            for cell in sorted(cells)  # the number of a unit says what is in it, in whatever order things are named
             for first in range(0, len(tasks[cell.task].ids), length)
         ]
-        units = Units(config.out / "units", _plan(config, tasks), len(works), ".json", runtime)
         models = _Models(config, runtime, tokenizer.eos_id)
+        units = Units(config.out / "units", _plan(config, tasks, models), len(works), ".json", runtime)
 
         def make(unit: int, path: Path) -> None:
             cell, chosen = works[unit]
@@ -162,12 +162,15 @@ def _identity(config: EvaluateConfig, target: Any) -> dict[str, Any]:
     }
 
 
-def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> dict[str, Any]:
-    """What the counts depend on."""
+def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts], models: _Models) -> dict[str, Any]:
+    """What the counts depend on. Weights count as well as where they lie: others may have taken their place."""
     return {
-        "target": config.target.model_dump(mode="json"),
-        "drafters": {name: str(find_model(path)) for name, path in config.drafters.items()},
-        "prompts": {name: [prompts.identity, *map(str, prompts.sampling)] for name, prompts in tasks.items()},
+        "target": [config.target.model_dump(mode="json"), weights_digest(models.target)],
+        **{
+            f"drafter {name}": [str(find_model(path)), weights_digest(models.drafter(name))]
+            for name, path in config.drafters.items()
+        },
+        **{f"task {name}": [prompts.identity, *map(str, prompts.sampling)] for name, prompts in tasks.items()},
         **config.model_dump(mode="json", include={"gammas", "drafting", "batch_size", "seed"}),
     }
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from data_shards.inputs import Record, dataset_files, find_files, plan_units, read_records
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
 from dist_train.errors import UserError
-from dist_train.prompts import encode_seeds, read_seeds
+from dist_train.prompts import because, encode_seeds, is_on_side, read_seeds
 from dist_train.tokenizer import Message, Tokenizer
 from dist_train.units import unit_seed
 
@@ -76,7 +76,8 @@ def load_prompts(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prom
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"tasks: two are named {min(twice)}; give each a name of its own")
     return {
-        task.name: Prompts(encode_seeds(read_task(task), tokenizer), sampling(task, config)) for task in config.tasks
+        task.name: Prompts(encode_seeds(read_task(task, tokenizer), tokenizer), sampling(task, config))
+        for task in config.tasks
     }
 
 
@@ -88,7 +89,7 @@ def sampling(task: TaskSection, config: EvaluateConfig) -> Sampling:
     return Sampling(tuple(temperatures), top_p, task.max_new_tokens or config.max_new_tokens)
 
 
-def read_task(task: TaskSection) -> list[list[Message]]:
+def read_task(task: TaskSection, tokenizer: Tokenizer) -> list[list[Message]]:
     """The conversations of a task in file order; repeated prompts once.
 
     Raises UserError where a field of the template is missing or nothing is left, DataError where files are.
@@ -96,16 +97,23 @@ def read_task(task: TaskSection) -> list[list[Message]]:
     template = task.template or (PRESETS[task.preset].template if task.preset else None)
     if template is None:
         assert task.inputs is not None
-        return read_seeds(SeedsSection(inputs=task.inputs, prompt_field=task.prompt_field, limit=task.limit))
-    found: dict[str, None] = {}
+        same = {"inputs", "prompt_field", "split", "held_out", "max_tokens", "limit"}
+        return read_seeds(SeedsSection(**task.model_dump(include=same)), tokenizer)
+    found: dict[str, list[Message]] = {}
     for path, record in _records(task):
-        if prompt := _fill(template, record, path):
-            found[prompt] = None
+        prompt = _fill(template, record, path)
+        messages: list[Message] = [{"role": "user", "content": prompt}]
+        if prompt and is_on_side(messages, task) and _fits(messages, task, tokenizer):
+            found[prompt] = messages
         if len(found) == task.limit:
             break
     if not found:
-        raise UserError(f"task {task.name}: no prompts in it")
-    return [[{"role": "user", "content": prompt}] for prompt in found]
+        raise UserError(f"task {task.name}: no prompts in it{because(task)}")
+    return list(found.values())
+
+
+def _fits(messages: list[Message], task: TaskSection, tokenizer: Tokenizer) -> bool:
+    return task.max_tokens is None or len(tokenizer.encode_prompt(messages)) <= task.max_tokens
 
 
 def _records(task: TaskSection) -> Iterator[tuple[str, Record]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -77,17 +78,36 @@ def test_dry_run_estimates_memory(tiny, command, tmp_path):
     assert 3 * _cached(models[0].config) == sum(layer.keys.numel() + layer.values.numel() for layer in seen.layers)
 
 
-def test_evaluation_goes_on_with_missing_units_and_refuses_another_plan(tiny, cli, tmp_path):
-    cli(*evaluation(tiny, tmp_path / "out"))
-    before = read_json(tmp_path / "out" / "results.json")["rows"]
-    units = sorted((tmp_path / "out" / "units").glob("unit-*.json"))
-    untouched, missing = units[0].stat().st_mtime_ns, units[3]
-    missing.unlink()
-    cli(*evaluation(tiny, tmp_path / "out"))
+def test_an_evaluation_goes_on_with_missing_units(tiny, command, refused, tmp_path):
+    """However drafters and tasks are ordered. Another seed, other weights in one place: refused by name."""
+    target, drafter = (shutil.copytree(tiny.root / name, tmp_path / name) for name in ("target", "drafter"))
+    tasks = [f"{{name: {name}, inputs: {tiny.chat_lines}, limit: {limit}}}" for name, limit in (("a", 3), ("b", 5))]
+    drafters = [f"base: {drafter}", f"itself: {target}"]
+    short = [f"target.path={target}", "temperatures=[0]", "gammas=[2]", "token_rate.prompts=0"]
+
+    def words(order, *more):
+        named = [f"drafters={{{', '.join(drafters[::order])}}}", f"tasks=[{', '.join(tasks[::order])}]"]
+        return evaluation(tiny, tmp_path / "out", *short, *named, *more)
+
+    def figures():
+        rows = read_json(tmp_path / "out" / "results.json")["rows"]
+        return {(row["task"], row["drafter"]): (row["prompts"], row["accepted_histogram"]) for row in rows}
+
+    assert command(*words(1))[0] == 0
+    before, units = figures(), sorted((tmp_path / "out" / "units").glob("unit-*.json"))
+    untouched = units[0].stat().st_mtime_ns
+    units[1].unlink()
+    assert command(*words(-1))[0] == 0
     assert units[0].stat().st_mtime_ns == untouched
-    assert read_json(tmp_path / "out" / "results.json")["rows"] == before
-    done = cli(*evaluation(tiny, tmp_path / "out", "seed=1"), expect=2)
-    assert "holds work begun with another seed" in done.stderr
+    assert figures() == before and before["a", "base"] != before["a", "itself"]
+    assert "holds work begun with another seed" in refused(*words(1, "seed=1"))
+    shutil.copytree(tiny.target, drafter, dirs_exist_ok=True)
+    assert "begun with another drafter base;" in refused(*words(1))
+    shutil.copytree(tiny.drafter, drafter, dirs_exist_ok=True)
+    model = AutoModelForCausalLM.from_pretrained(target)
+    model.lm_head.weight.data *= 2
+    model.save_pretrained(target)
+    assert "begun with another drafter itself, target;" in refused(*words(1))
 
 
 def generation(tiny, out, *more):

@@ -8,9 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dist_train.config import EvaluateConfig, TaskSection, load_config
+from dist_train.config import EvaluateConfig, SeedsSection, TaskSection, load_config
 from dist_train.errors import UserError
-from dist_train.evaluate.tasks import read_task, sampling
+from dist_train.evaluate.tasks import load_prompts, read_task, sampling
+from dist_train.prompts import read_seeds
+from dist_train.tokenizer import load_tokenizer
 
 RECORDS = {
     "dolly": (
@@ -39,27 +41,63 @@ RECORDS = {
 }
 
 
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(tiny.tokenizer)
+
+
 @pytest.mark.parametrize("preset", RECORDS)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_a_preset_reads_the_datasets_own_columns(tmp_path, preset, kind):
+def test_a_preset_reads_the_datasets_own_columns(tmp_path, tokenizer, preset, kind):
     records, expected = RECORDS[preset]
     file = tmp_path / f"records.{kind}"
     if kind == "parquet":
         pq.write_table(pa.Table.from_pylist(records * 2), file)
     else:
         file.write_text("".join(json.dumps(record) + "\n" for record in records * 2))
-    found = read_task(TaskSection(preset=preset, inputs=str(file)))
+    found = read_task(TaskSection(preset=preset, inputs=str(file)), tokenizer)
     assert found == [[{"role": "user", "content": prompt}] for prompt in expected]  # repeated ones once
 
 
-def test_another_file_is_refused_by_its_fields(tmp_path):
+def test_another_file_is_refused_by_its_fields(tmp_path, tokenizer):
     file = tmp_path / "other.jsonl"
     file.write_text('{"text": "a"}\n')
     with pytest.raises(UserError, match=r"other.jsonl: .*article.*fields are text"):
-        read_task(TaskSection(preset="cnn_dailymail", inputs=str(file)))
+        read_task(TaskSection(preset="cnn_dailymail", inputs=str(file)), tokenizer)
     with pytest.raises(UserError, match=r"fields are text"):
-        read_task(TaskSection(name="mine", template="{turns[0]}", inputs=str(file)))
-    assert read_task(TaskSection(name="mine", template="Say {text}", inputs=str(file)))[0][0]["content"] == "Say a"
+        read_task(TaskSection(name="mine", template="{turns[0]}", inputs=str(file)), tokenizer)
+    found = read_task(TaskSection(name="mine", template="Say {text}", inputs=str(file)), tokenizer)
+    assert found[0][0]["content"] == "Say a"
+
+
+@pytest.mark.parametrize("how", [{}, {"template": "{prompt}"}, {"preset": "dolly"}])
+def test_prompts_held_out_here_are_those_that_generate_leaves_out(tmp_path, tokenizer, how):
+    texts = [f"Question {number} of\n {number % 7}?" for number in range(300)]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text, "instruction": text, "context": ""}) + "\n" for text in texts))
+    share = {"inputs": str(file), "held_out": 0.2}
+    trained = read_seeds(SeedsSection(**share, split="train", format="dolly" if "preset" in how else "prompt"))
+    held_out = read_task(TaskSection(name="held", **share, **how, split="held_out"), tokenizer)
+    assert 30 < len(held_out) < 90
+    assert sorted(messages[0]["content"] for messages in trained + held_out) == sorted(texts)
+    assert read_task(TaskSection(name="held", **share, **how, split="train"), tokenizer) == trained
+    for kept in ({"split": "held_out", "limit": 3}, {"max_tokens": 4}):
+        task = TaskSection(name="held", **{**share, "held_out": 1e-9}, **how, **kept)
+        with pytest.raises(UserError, match=r"no prompts in it with (split=held_out|max_tokens=4)"):
+            read_task(task, tokenizer)
+
+
+def test_what_is_named_twice_is_measured_once(tmp_path, tokenizer):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n')
+    task = {"name": "a", "inputs": str(file), "temperatures": [1, 0, 1.0]}
+    words = ["target.path=t", "drafters={a: d}", "out=o", "gammas=[2,3,2]", "temperatures=[0,0.0]"]
+    config = load_config(EvaluateConfig, None, [*words, "drafting=[greedy,greedy]", f"tasks={[task]}"])
+    assert (config.gammas, config.temperatures, config.drafting) == ([2, 3], [0.0], ["greedy"])
+    assert load_prompts(config, tokenizer)["a"].sampling.temperatures == (1.0, 0.0)
+    config = load_config(EvaluateConfig, None, [*words, f"tasks={[task, task]}"])
+    with pytest.raises(UserError, match="two are named a"):
+        load_prompts(config, tokenizer)
 
 
 def configured(*tasks):
