@@ -14,3 +14,7 @@ class LostPeerError(UserError):
     """
 
     exit_code = 75
+
+
+class RankError(UserError):
+    """What one rank alone has met with, and so has to tell itself: a full disk of its node, say."""

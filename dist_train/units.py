@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_shards.errors import DataError
 from data_shards.files import read_json, write_json
 from dist_train.claims import PREFIX, Claims
-from dist_train.errors import UserError
+from dist_train.errors import RankError, UserError
 from dist_train.runtime import Runtime
 
 PLAN = "_plan.json"  # readers of a folder of answers pass over names that begin with an underscore
@@ -67,6 +68,10 @@ class Units:
                     work()
                 else:
                     _in_threads(work, workers)
+            except (UserError, DataError) as error:
+                if self.runtime.world_size == 1:
+                    raise
+                raise RankError(f"rank {self.runtime.rank}: {error}") from error
             except KeyboardInterrupt:
                 # No second one: --nproc passes on what its terminal sends to all, and claims are yet to be let go of.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -16,7 +16,7 @@ from dist_train.cli.preflight import add_preflight
 from dist_train.cli.slurm import add_job, add_status, add_submit
 from dist_train.cli.stages import STAGES, add_stage
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
-from dist_train.errors import UserError
+from dist_train.errors import RankError, UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,16 +30,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.function(options) or 0
     except (UserError, DataError) as error:
-        _tell(f"dist-train {options.command}: {error}")
+        _tell(f"dist-train {options.command}: {error}", every=isinstance(error, RankError))
         return getattr(error, "exit_code", BAD_INPUT)
     except KeyboardInterrupt as stop:
         _tell(f"dist-train {options.command}: {'; '.join(['stopped', *stop.args])}")
         os._exit(STOPPED)  # the interpreter's end would wait for threads that are at work
 
 
-def _tell(line: str) -> None:
-    """Say it once: every rank finds the same fault."""
-    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "PMI_RANK", "SLURM_PROCID")):
+def _tell(line: str, *, every: bool = False) -> None:
+    """Say it once, since every rank finds the same fault; `every` rank says what is its own."""
+    if every or all(os.environ.get(name, "0") == "0" for name in ("RANK", "PMI_RANK", "SLURM_PROCID")):
         print(line, file=sys.stderr, flush=True)
 
 

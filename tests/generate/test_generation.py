@@ -188,10 +188,13 @@ def test_continuous_batching_gives_the_same_greedy_answers_and_repeats_itself(ti
 
 
 FULL_DISK = """
-import resource, sys
+import os, resource, sys
 from dist_train.cli import main
-resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-sys.exit(main(sys.argv[1:]))
+if os.environ.get("RANK", "1") == "1":
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
+code = main(sys.argv[1:])
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(code)
 """
 
 
@@ -205,3 +208,10 @@ def test_a_full_disk_is_told_and_leaves_whole_files(tiny, undisturbed, tmp_path)
     made = files(tmp_path / "out")
     assert made.items() <= files(undisturbed).items()
     assert not list((tmp_path / "out").glob("*.tmp"))
+
+
+def test_a_fault_of_one_rank_is_told_by_that_rank(tiny, tmp_path):
+    """The disk of its node is full, say; rank 0 knows nothing of it."""
+    _, second = on_ranks(FULL_DISK.format(limit=100), 2, *generation(tiny, tmp_path / "out"), check=False)
+    assert second.returncode == 2
+    assert "dist-train generate: rank 1: " in second.stderr and "cannot be written: File too large" in second.stderr
