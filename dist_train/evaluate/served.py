@@ -15,6 +15,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from dist_train.config import ServedConfig, save_config
 from dist_train.errors import UserError
 from dist_train.evaluate.results import RESULTS
 from dist_train.evaluate.tables import interval, markdown, shares
-from dist_train.evaluate.tasks import Prompts, load_prompts
+from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.tokenizer import load_tokenizer
 from dist_train.units import unit_seed
 
@@ -122,7 +123,13 @@ class Server:
 
 def check(config: ServedConfig) -> None:
     """Raise UserError or DataError for what is wrong before anything is asked of the server."""
-    load_prompts(config, load_tokenizer(config.tokenizer or config.target.path))
+    from dist_train.target import read_target_config
+
+    tasks = load_prompts(config, load_tokenizer(config.tokenizer or config.target.path))
+    target = None
+    with suppress(UserError):  # the server has the target, which need not be here too
+        target = read_target_config(config.target)
+    refuse_long_prompts(tasks, config.target.path, target)
     if config.beside is not None and not (config.beside / RESULTS).exists():
         raise UserError(f"{config.beside}: no finished results of dist-train evaluate here")
 
