@@ -9,7 +9,7 @@ __all__ = ["Generated", "speculative_generate"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import PyTorch only where decoding is asked for: `--compare` and `--server` do without."""
+    """Import PyTorch only where decoding is asked for: `--compare` does without."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from dist_train.evaluate import speculative

@@ -23,8 +23,9 @@ from dist_train.config import ServedConfig, save_config
 from dist_train.errors import UserError
 from dist_train.evaluate.results import RESULTS
 from dist_train.evaluate.tables import interval, markdown, shares
-from dist_train.evaluate.tasks import Prompts, load_prompts
-from dist_train.target import load_target_tokenizer
+from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
+from dist_train.target import load_target_tokenizer, read_target_config
+from dist_train.tokenizer import Tokenizer, load_tokenizer
 from dist_train.units import unit_seed
 
 SERVED = "served.json"
@@ -120,9 +121,19 @@ class Server:
             raise UserError(f"{self.url}{path}: does not answer: {reason}; check --server") from error
 
 
+def _read(config: ServedConfig) -> tuple[Tokenizer, Any]:
+    """The tokenizer; and the target's configuration, None where only the server has the target."""
+    try:
+        target = read_target_config(config.target)
+    except UserError:
+        return load_tokenizer(config.tokenizer or config.target.path), None
+    return load_target_tokenizer(config.target, config.tokenizer), target
+
+
 def check(config: ServedConfig) -> None:
     """Raise UserError or DataError for what is wrong before anything is asked of the server."""
-    load_prompts(config, load_target_tokenizer(config.target, config.tokenizer))
+    tokenizer, target = _read(config)
+    refuse_long_prompts(load_prompts(config, tokenizer), config.target.path, target)
     if config.beside is not None and not (config.beside / RESULTS).exists():
         raise UserError(f"{config.beside}: no finished results of dist-train evaluate here")
 
@@ -133,7 +144,7 @@ def run(config: ServedConfig) -> None:
     server = Server(config.server, config.timeout)
     server.counters()  # before anything is answered
     model = config.model or server.model()
-    tasks = load_prompts(config, load_target_tokenizer(config.target, config.tokenizer))
+    tasks = load_prompts(config, _read(config)[0])
     beside = read_json(config.beside / RESULTS) if config.beside else None
     if beside is not None:
         _refuse_other_prompts(tasks, beside, config.beside)

@@ -14,7 +14,7 @@ from dist_train.drafter import find_model, load_drafter, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, gather, write_results
-from dist_train.evaluate.tasks import Prompts, load_prompts
+from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.progress import Progress
 from dist_train.runtime import Runtime, started
 from dist_train.target import DTYPES, load_causal_lm, load_target_tokenizer, read_target_config, weights_digest
@@ -29,12 +29,17 @@ BATCHES_A_UNIT = 4
 def check(config: EvaluateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
     tokenizer = load_target_tokenizer(config.target, config.tokenizer)
-    target_size = read_target_config(config.target).vocab_size
+    target = read_target_config(config.target)
+    models = {config.target.path: target}
     for name, path in config.drafters.items():
-        found = read_drafter_config(path).vocab_size
-        if found != target_size:
-            raise UserError(f"drafter {name}: a vocabulary of {found}, the target's has {target_size}")
-    load_prompts(config, tokenizer)
+        models[f"drafter {name}"] = drafter = read_drafter_config(path)
+        if drafter.vocab_size != target.vocab_size:
+            raise UserError(
+                f"drafter {name}: a vocabulary of {drafter.vocab_size}, the target's has {target.vocab_size}"
+            )
+    tasks = load_prompts(config, tokenizer)
+    for source, model in models.items():
+        refuse_long_prompts(tasks, source, model, max(config.gammas))
 
 
 def run(config: EvaluateConfig) -> None:

@@ -9,14 +9,14 @@ instructions.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from data_shards.inputs import Record, dataset_files, find_files, plan_units, read_records
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
 from dist_train.errors import UserError
-from dist_train.prompts import because, encode_seeds, is_on_side, read_seeds
+from dist_train.prompts import because, encode_seeds, is_on_side, read_seeds, refuse_long
 from dist_train.tokenizer import Message, Tokenizer
 from dist_train.units import unit_seed
 
@@ -79,6 +79,12 @@ def load_prompts(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prom
         task.name: Prompts(encode_seeds(read_task(task, tokenizer), tokenizer), sampling(task, config))
         for task in config.tasks
     }
+
+
+def refuse_long_prompts(tasks: Mapping[str, Prompts], source: str, model: Any, gamma: int = 0) -> None:
+    """Raise UserError where a prompt, its answer and the drafts beyond do not fit the positions of a model."""
+    for name, prompts in tasks.items():
+        refuse_long(prompts.ids, prompts.sampling.max_new_tokens + gamma, source, model, f"task {name}")
 
 
 def sampling(task: TaskSection, config: EvaluateConfig) -> Sampling:

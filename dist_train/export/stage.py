@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_train import __version__
-from dist_train.config import ExportConfig, TargetSection
-from dist_train.drafter import damaged_weights, find_model, load_drafter
+from dist_train.config import ExportConfig, SeedsSection, TargetSection
+from dist_train.drafter import damaged_weights, find_model, load_drafter, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.export.assisted import check_assisted_generation
 from dist_train.export.card import Facts, model_card, read_results
@@ -16,8 +16,9 @@ from dist_train.export.gate import Check, gate, source_gate
 from dist_train.export.gguf import find_converter, write_gguf
 from dist_train.export.provenance import training_provenance
 from dist_train.export.reference import Reference, reference_of_target, reference_of_tokenizer, token_ids
-from dist_train.prompts import encode_seeds, read_seeds
+from dist_train.prompts import encode_seeds, read_seeds, refuse_long
 from dist_train.runtime import quiet_libraries
+from dist_train.target import read_target_config
 from dist_train.tokenizer import PROBES, differences, load_tokenizer
 
 GGUF_FILE = "drafter.gguf"
@@ -68,6 +69,8 @@ def _check_export(config: ExportConfig, reference: Reference) -> None:
         find_converter(config.llama_cpp)
     if config.results is not None:
         read_results(config.results, config.drafter)
+    if config.target is not None and config.prompts is not None:
+        _prompts(config.prompts, config.max_new_tokens, config.target, source, reference)
 
 
 def _check_folder(config: ExportConfig, target: str) -> int:
@@ -122,7 +125,7 @@ def _prove(config: ExportConfig, reference: Reference, folder: Path) -> tuple[in
     """Compare assisted with plain generation where a target and prompts are named: prompts and tokens compared."""
     if config.target is None or config.prompts is None:
         return None
-    prompts = encode_seeds(read_seeds(config.prompts), reference.tokenizer)
+    prompts = _prompts(config.prompts, config.max_new_tokens, config.target, folder, reference)
     eos_ids = token_ids(reference.generation["eos_token_id"]) or [reference.tokenizer.eos_id]
     tokens = check_assisted_generation(folder, config.target, prompts, eos_ids, config.max_new_tokens)
     print(
@@ -131,6 +134,16 @@ def _prove(config: ExportConfig, reference: Reference, folder: Path) -> tuple[in
         flush=True,
     )
     return len(prompts), tokens
+
+
+def _prompts(
+    section: SeedsSection, max_new_tokens: int, target: TargetSection, drafter: Path, reference: Reference
+) -> list[list[int]]:
+    """What is to be answered. Raises UserError where target or drafter has too few positions for it."""
+    prompts = encode_seeds(read_seeds(section, reference.tokenizer), reference.tokenizer)
+    for source, model in ((target.path, read_target_config(target)), ("the drafter", read_drafter_config(drafter))):
+        refuse_long(prompts, max_new_tokens, source, model, "prompts")
+    return prompts
 
 
 def _convert(config: ExportConfig, folder: Path) -> None:

@@ -138,6 +138,7 @@ def test_offline_figures_stand_beside_served_ones_of_the_same_prompts(tiny, comm
 
 def test_what_is_no_drafting_server_is_refused(tiny, refused, tmp_path):
     out = words(tiny, tmp_path / "out")
+    assert "has 256 positions" in refused(*out, "max_new_tokens=250", "--server", "nowhere")
     with serving(drafts=False) as (url, requests, _):
         assert "without speculative decoding" in refused(*out, "--server", url)
         assert not requests

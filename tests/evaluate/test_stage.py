@@ -202,7 +202,19 @@ def test_mistakes_are_one_line(tiny, refused, other_tokenizer, tmp_path):
 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=384, **shape)).save_pretrained(tmp_path / "other")
+    few = {**shape, "max_position_embeddings": 40}
+    LlamaForCausalLM(LlamaConfig(vocab_size=tiny.vocab_size, **few)).save_pretrained(tmp_path / "few")
+    exported = ["export", f"drafter={tiny.drafter}", f"out={tmp_path / 'out'}", f"target.path={tiny.target}"]
+    prompts = f"prompts={{inputs: {tiny.chat_lines}}}"
     cases = [
+        (evaluation(tiny, tmp_path / "out", "max_new_tokens=256"), f"{tiny.target} has 256 positions; a prompt of"),
+        (
+            evaluation(tiny, tmp_path / "out", f"drafters={{x: {tmp_path / 'few'}}}"),
+            "drafter x has 40 positions; a prompt of",
+        ),
+        (evaluation(tiny, tmp_path / "out", f"drafters={{x: {tmp_path / 'few'}}}"), "set max_tokens=25 in task chat"),
+        ([*exported, prompts, "max_new_tokens=250"], "set max_tokens=6 in prompts, or"),
+        ([*exported, prompts, f"drafter={tmp_path / 'few'}"], "the drafter has 40 positions"),
         (evaluation(tiny, tmp_path / "out", "drafters={x: /nowhere}"), "/nowhere: no run, checkpoint or Hugging Face"),
         (evaluation(tiny, tmp_path / "out", f"drafters={{x: {tmp_path / 'other'}}}"), "a vocabulary of 384"),
         (evaluation(tiny, tmp_path / "out", "tasks=[{name: a, inputs: /nowhere}]"), "/nowhere: no such input file"),

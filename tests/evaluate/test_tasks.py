@@ -7,10 +7,11 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from transformers import LlamaConfig
 
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection, load_config
 from dist_train.errors import UserError
-from dist_train.evaluate.tasks import load_prompts, read_task, sampling
+from dist_train.evaluate.tasks import Prompts, Sampling, load_prompts, read_task, refuse_long_prompts, sampling
 from dist_train.prompts import read_seeds
 from dist_train.tokenizer import load_tokenizer
 
@@ -85,6 +86,13 @@ def test_prompts_held_out_here_are_those_that_generate_leaves_out(tmp_path, toke
         task = TaskSection(name="held", **{**share, "held_out": 1e-9}, **how, **kept)
         with pytest.raises(UserError, match=r"no prompts in it with (split=held_out|max_tokens=4)"):
             read_task(task, tokenizer)
+
+
+def test_a_prompt_with_answer_and_drafts_may_fill_the_positions_but_not_more():
+    tasks = {"a": Prompts([[1], [1] * 10], Sampling((0.0,), 1.0, 5))}
+    refuse_long_prompts(tasks, "m", LlamaConfig(max_position_embeddings=17), gamma=2)
+    with pytest.raises(UserError, match="m has 17 positions; a prompt of 10 tokens and 8 more"):
+        refuse_long_prompts(tasks, "m", LlamaConfig(max_position_embeddings=17), gamma=3)
 
 
 def test_what_is_named_twice_is_measured_once(tmp_path, tokenizer):
