@@ -181,9 +181,11 @@ def _check_room(config: GenerateConfig, target: Any, prompts: Sequence[Sequence[
     room = getattr(target, "max_position_embeddings", None)
     longest = max(map(len, prompts))
     if room is not None and longest + config.max_new_tokens > room:
+        left = room - config.max_new_tokens
         raise UserError(
             f"{config.target.path} has {room} positions; a prompt of {longest} tokens and max_new_tokens="
-            f"{config.max_new_tokens} need more; set seeds.max_tokens={max(room - config.max_new_tokens, 1)}"
+            f"{config.max_new_tokens} need more; set "
+            + (f"seeds.max_tokens={left}" if left > 0 else f"max_new_tokens below {room}, less what prompts take")
         )
 
 
