@@ -22,7 +22,7 @@ from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
 from dist_train.prompts import encode_seeds, read_all_seeds
 from dist_train.runtime import Runtime, started
-from dist_train.target import load_causal_lm, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.target import load_decoder, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import COMPLETE, Units, unit_seed
 
@@ -125,7 +125,7 @@ class Generation:
 
     @cached_property
     def _model(self) -> Any:
-        return load_causal_lm(self._config.target).to(self._runtime.device)
+        return load_decoder(self._config.target, self._runtime.device)
 
     @property
     def weights(self) -> str | None:

@@ -178,6 +178,12 @@ def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
     assert code == 2 and f"{tmp_path / 'out'}: holds work begun with another weights" in complaint
     assert len(files(tmp_path / "out")) == 1
 
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan  # one that answers nothing
+    save_file(weights, tmp_path / "target" / "model.safetensors", {"format": "pt"})
+    code, _, complaint = here(*again, f"out={tmp_path / 'never'}")
+    assert code == 2 and "the target's logits are not finite" in complaint
+    assert not files(tmp_path / "never")
+
 
 def test_continuous_batching_gives_the_same_greedy_answers_and_repeats_itself(tiny, here, undisturbed, tmp_path):
     options = ["engine.batching=continuous", "batch_size=12", "seeds.limit=12"]
