@@ -34,7 +34,8 @@ class Faults:
     def note(self, kind: str, where: str, reason: str) -> None:
         """Count a fault. Raises DataError where the policy is to stop."""
         if self.policy.get(kind, "stop") == "stop":
-            raise DataError(f"{where}: {reason}; mend it, or set faults.{kind}=skip")
+            instead = f"set faults.{kind}=skip" if kind in self.policy else "take it out"
+            raise DataError(f"{where}: {reason}; mend it, or {instead}")
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if len(self.named) < _NAMED_PER_UNIT:
             self.named.append(Fault(kind, where, reason))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_shards.inputs import Record
 from dist_train.config import SeedsSection
@@ -13,27 +13,48 @@ from dist_train.tokenizer import Message
 
 Conversation = list[Message]
 
+
+class Placed(NamedTuple):
+    """A record, and what tells its file and line, which is not known without reading the file again."""
+
+    record: Record
+    where: Callable[[], str]
+
+
 _ROLES = {
     **{"system": "system", "user": "user", "assistant": "assistant"},
     **{"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"},
 }
 
 
-def conversations(records: Iterable[Record], section: SeedsSection) -> Iterator[Conversation]:
-    """The conversations in `records`, in their order. Raises UserError naming the fields of one that has none."""
+def conversations(records: Iterable[Placed], section: SeedsSection) -> Iterator[Conversation]:
+    """The conversations in `records`, in their order. Raises UserError naming the place of a record that has none."""
     turns = section.turns or ("first" if section.format == "openassistant" else "last")
     if section.format == "openassistant":
-        yield from _trees(records, turns, section)
+        yield from _trees(records, turns)
         return
     read = _READERS[section.format]
-    for record in records:
+    for record, where in records:
         messages = read(record, section)
         if messages is None:
             raise UserError(
-                f"{section.source}: a record has no prompt {_WANTED[section.format].format(section.prompt_field)}; "
+                f"{where()}: the record has no prompt {_WANTED[section.format].format(section.prompt_field)}; "
                 f"its fields are {', '.join(record)}"
             )
+        for message in messages:
+            _refuse_half_characters(message["content"], where)
         yield from _cut(messages, turns)
+
+
+def _refuse_half_characters(text: str, where: Callable[[], str]) -> None:
+    """Half a surrogate pair, which JSON can hold, is no text that can be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where()}: not Unicode: half a surrogate pair at character {error.start} of a text; "
+            "mend it, or take it out"
+        ) from error
 
 
 def _cut(messages: Conversation, turns: str) -> Iterator[Conversation]:
@@ -117,40 +138,49 @@ def _messages(value: Any) -> Conversation | None:
 # -- OpenAssistant: one record a message, which names its parent ----------------------------------------------------
 
 
-def _trees(records: Iterable[Record], turns: str, section: SeedsSection) -> Iterator[Conversation]:
+def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
     """Roots ("first"), every prompter's message with its path ("each"), or those that no prompter follows ("last")."""
-    messages: dict[str, Record] = {}
-    for record in records:
-        if not {"message_id", "parent_id", "text", "role"} <= record.keys():
+    messages: dict[str, Placed] = {}
+    for record, where in records:
+        if not _is_of_tree(record):
             raise UserError(
-                f"{section.source}: a record is no message of a tree (message_id, parent_id, text, role); "
-                f"its fields are {', '.join(record)}"
+                f"{where()}: the record is no message of a tree (message_id, parent_id, text, role: prompter or "
+                f"assistant); its fields are {', '.join(record)}"
             )
-        messages[record["message_id"]] = record
-    prompts = [record for record in messages.values() if _ROLES.get(record["role"]) == "user"]
+        _refuse_half_characters(record["text"], where)
+        messages[record["message_id"]] = Placed(record, where)
+    prompts = [record for record, _ in messages.values() if _ROLES[record["role"]] == "user"]
     if turns == "first":
         prompts = [record for record in prompts if not record["parent_id"]]
     elif turns == "last":
         followed = {_grandparent(record, messages) for record in prompts}
         prompts = [record for record in prompts if record["message_id"] not in followed]
     for record in prompts:
-        path = _path(record, messages)
+        path = _path(record["message_id"], messages)
         if path and all(message["content"].strip() for message in path):
             yield path
 
 
-def _grandparent(record: Record, messages: dict[str, Record]) -> str | None:
+def _is_of_tree(record: Record) -> bool:
+    texts = [record.get(name) for name in ("message_id", "text", "role")]
+    parent = record.get("parent_id", 0)
+    return all(isinstance(text, str) for text in texts) and texts[2] in _ROLES and isinstance(parent, str | None)
+
+
+def _grandparent(record: Record, messages: dict[str, Placed]) -> str | None:
     parent = messages.get(record["parent_id"] or "")
-    return parent["parent_id"] if parent else None
+    return parent.record["parent_id"] if parent else None
 
 
-def _path(record: Record, messages: dict[str, Record]) -> Conversation:
-    """From the root to `record`; nothing where a message between them is not there (deleted, or left out)."""
+def _path(name: str, messages: dict[str, Placed]) -> Conversation:
+    """From the root to a message; nothing where one between them is not there (deleted, or left out)."""
     path: Conversation = []
-    at: Record | None = record
-    while at is not None:
-        path.append({"role": _ROLES[at["role"]], "content": at["text"]})
-        if not at["parent_id"]:
+    while name in messages:
+        record, where = messages[name]
+        path.append({"role": _ROLES[record["role"]], "content": record["text"]})
+        if not record["parent_id"]:
             return path[::-1]
-        at = messages.get(at["parent_id"])
+        if len(path) > len(messages):
+            raise UserError(f"{where()}: the message is its own ancestor, by parent_id; mend it, or take it out")
+        name = record["parent_id"]
     return []

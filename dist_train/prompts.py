@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
-from data_shards.inputs import Record, find_files, plan_units, read_records
+from data_shards.faults import STRICT
+from data_shards.inputs import find_files, place, plan_units, read_located
 from dist_train.config import SeedsSection, TaskSection
 from dist_train.errors import UserError
-from dist_train.formats import Conversation, conversations
+from dist_train.formats import Conversation, Placed, conversations
 from dist_train.tokenizer import Message, Tokenizer
 
 _SPLIT_KEY = b"dist-train held-out prompts"  # fixed for ever: another key would move prompts across
@@ -109,18 +111,21 @@ def _normalised(text: str) -> str:
     return " ".join(text.split())
 
 
-def _records(section: SeedsSection) -> Iterator[Record]:
-    records: Iterable[Record]
+def _records(section: SeedsSection) -> Iterator[Placed]:
+    placed: Iterable[Placed]
     if section.dataset:
-        records = _load_dataset(section)
+        rows = enumerate(_load_dataset(section), 1)
+        placed = (Placed(record, partial("{}:{}".format, section.source, row)) for row, record in rows)
     else:
-        records = (record for unit in plan_units(find_files(section.inputs)) for record in read_records(unit))
-    for record in records:
+        units = plan_units(find_files(section.inputs))
+        located = ((unit, *found) for unit in units for found in read_located(unit, STRICT))
+        placed = (Placed(record, partial(place, unit, where)) for unit, where, record in located)
+    for record, where in placed:
         for field in section.where:
             if field not in record:
-                raise UserError(f"{section.source}: where: a record has no {field!r}; it has {', '.join(record)}")
+                raise UserError(f"{where()}: where: a record has no {field!r}; it has {', '.join(record)}")
         if all(record[field] == value for field, value in section.where.items()):
-            yield record
+            yield Placed(record, where)
 
 
 def _load_dataset(section: SeedsSection) -> Any:

@@ -17,7 +17,7 @@ from dist_train.evaluate.results import Cell, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.progress import Progress
 from dist_train.runtime import Runtime, started
-from dist_train.target import DTYPES, load_causal_lm, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.target import DTYPES, load_decoder, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.units import Units, unit_seed
 
 __all__ = ["check", "memory_report", "run"]
@@ -98,7 +98,7 @@ class _Models:
     def target(self) -> Any:
         """The target."""
         if "" not in self._loaded:
-            self._loaded[""] = load_causal_lm(self.config.target).to(self.device)
+            self._loaded[""] = load_decoder(self.config.target, self.device)
         return self._loaded[""]
 
     def drafter(self, name: str) -> Any:

@@ -22,7 +22,7 @@ from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
 from dist_train.prompts import encode_seeds, read_all_seeds
 from dist_train.runtime import Runtime, started
-from dist_train.target import load_causal_lm, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.target import load_decoder, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import COMPLETE, Units, unit_seed
 
@@ -125,7 +125,7 @@ class Generation:
 
     @cached_property
     def _model(self) -> Any:
-        return load_causal_lm(self._config.target).to(self._runtime.device)
+        return load_decoder(self._config.target, self._runtime.device)
 
     @property
     def weights(self) -> str | None:
@@ -181,9 +181,11 @@ def _check_room(config: GenerateConfig, target: Any, prompts: Sequence[Sequence[
     room = getattr(target, "max_position_embeddings", None)
     longest = max(map(len, prompts))
     if room is not None and longest + config.max_new_tokens > room:
+        left = room - config.max_new_tokens
         raise UserError(
             f"{config.target.path} has {room} positions; a prompt of {longest} tokens and max_new_tokens="
-            f"{config.max_new_tokens} need more; set seeds.max_tokens={max(room - config.max_new_tokens, 1)}"
+            f"{config.max_new_tokens} need more; set "
+            + (f"seeds.max_tokens={left}" if left > 0 else f"max_new_tokens below {room}, less what prompts take")
         )
 
 

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
+
+from dist_train.errors import UserError
 
 _COLUMNS = ["seed", "response", "response_ids", "finish_reason", "reencoded"]
 _TIMES = "_times-"
@@ -46,8 +49,11 @@ class Tally:
         return sum(length * count for length, count in self.lengths.items())
 
     def add(self, path: Path, seconds: float | None) -> None:
-        """Count one unit; `seconds`: what it took, if that is known."""
-        table = pq.read_table(path, columns=_COLUMNS)
+        """Count one unit; `seconds`: what it took, if that is known. Raises UserError where its file is damaged."""
+        try:
+            table = pq.read_table(path, columns=_COLUMNS)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: damaged: {error}; remove it, and the same command makes it again") from error
         lengths = pc.list_value_length(table["response_ids"]).to_pylist()
         self.answers += len(table)
         self.reencoded += pc.sum(table["reencoded"]).as_py()

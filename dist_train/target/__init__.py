@@ -7,7 +7,7 @@ from dist_train.target.load import (
     load_causal_lm,
     read_target_config,
 )
-from dist_train.target.model import Target, matrix_parameters, weights_digest
+from dist_train.target.model import Target, load_decoder, matrix_parameters, weights_digest
 from dist_train.target.tokenizer import load_target_tokenizer
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "check_vocabulary",
     "from_pretrained_whole",
     "load_causal_lm",
+    "load_decoder",
     "load_target_tokenizer",
     "matrix_parameters",
     "read_target_config",

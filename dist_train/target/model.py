@@ -52,7 +52,7 @@ class Target:
         self.config = model.config.get_text_config()
         self.matrix_parameters = matrix_parameters(model)
         # Before the head is kept: a partitioned model gathers its own for this, and both would be there at once.
-        expected = self._own_logits(model)
+        expected = probe(model, section, runtime.device)
         self.head = _read_head(model)
         self.identity = {
             "path": section.path,
@@ -97,20 +97,33 @@ class Target:
     def _decode(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         return self._decoder(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
 
-    @torch.no_grad()
-    def _own_logits(self, model: PreTrainedModel) -> Tensor:
-        """What the model itself makes of a few tokens, [1, 16, V]."""
-        return model(input_ids=self._probe(), use_cache=False).logits.float()
-
-    def _probe(self) -> Tensor:
-        return torch.arange(16, device=self._device)[None] % self.config.vocab_size
-
     def _check_head(self, expected: Tensor, section: TargetSection) -> None:
         """A family may do more to its logits than `Head` knows; then every divergence would be wrong."""
         positions = torch.arange(16, device=self._device)[None]
-        found = self.head.logits(self(self._probe(), positions))
+        found = self.head.logits(self(_probed_ids(self._device, self.config.vocab_size), positions))
         if not self._are_near(found, expected):
             raise UserError(f"{section.path}: logits of {self.config.model_type} are more than a head; not supported")
+
+
+def load_decoder(section: TargetSection, device: torch.device) -> Any:
+    """The whole model on one device, to decode with. Raises UserError where it cannot be loaded or makes no sense."""
+    model = load_causal_lm(section).to(device)
+    probe(model, section, device)
+    return model
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel, section: TargetSection, device: torch.device) -> Tensor:
+    """The logits that a model itself makes of a few tokens, [1, 16, V]. Raises UserError where they are not finite."""
+    ids = _probed_ids(device, model.config.get_text_config().vocab_size)
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits.float()
+    if not logits.amax().isfinite():  # -inf is a token that never comes
+        raise UserError(f"{section.path}: the target's logits are not finite: its weights are damaged; fetch it again")
+    return logits
+
+
+def _probed_ids(device: torch.device, vocab_size: int) -> Tensor:
+    return torch.arange(16, device=device)[None] % vocab_size
 
 
 def _read_head(model: PreTrainedModel) -> Head:

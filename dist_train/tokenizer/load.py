@@ -9,7 +9,7 @@ from typing import Any
 from dist_train.errors import UserError
 from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
 from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
-from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer
+from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer, load_processor
 
 
 def load_tokenizer(source: str | Path) -> Tokenizer:
@@ -46,9 +46,7 @@ def _download(hub_id: str) -> Path:
 
 def _adds_tokens(folder: Path, model: Path) -> bool:
     """Whether the folder's configuration has tokens beyond the sentencepiece model's."""
-    import sentencepiece
-
-    size = sentencepiece.SentencePieceProcessor(model_file=str(model)).vocab_size()
+    size = load_processor(model).vocab_size()
     added = [token["id"] for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
     added += [int(i) for i in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})]
     added += list(_read_json(folder / "added_tokens.json").values())

@@ -18,19 +18,25 @@ from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
 from dist_train.tokenizer.wordwise import Array, WordwiseEncoder, can_split
 
 if TYPE_CHECKING:
+    import sentencepiece
     import tokenizers
+
+
+def load_processor(model: Path) -> sentencepiece.SentencePieceProcessor:
+    """sentencepiece's own object for a `tokenizer.model`. Raises UserError where it is torn, or is something else."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_file=str(model))
+    except (RuntimeError, OSError) as error:
+        raise UserError(f"{model}: not a sentencepiece model, or a torn one; fetch it again") from error
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `tokenizer.model`, run by sentencepiece."""
 
     def __init__(self, model: Path, chat_template: str = LLAMA2_CHAT_TEMPLATE, *, adds_bos: bool = True) -> None:
-        import sentencepiece
-
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        except (RuntimeError, OSError) as error:
-            raise UserError(f"{model}: not a sentencepiece model") from error
+        self._processor = load_processor(model)
         self.source = str(model)
         self._model = model.read_bytes()
         self.sha256 = hashlib.sha256(self._model).hexdigest()

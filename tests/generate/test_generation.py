@@ -150,14 +150,18 @@ def test_twenty_kills(tiny, cli, undisturbed, tmp_path):
     print(f"units after each of 20 kills: {counts}")
 
 
-def test_part_of_an_outcome_is_not_packed(tiny, refused, undisturbed, tmp_path):
+def test_part_of_an_outcome_is_not_packed_and_a_torn_unit_is_named(tiny, here, refused, undisturbed, tmp_path):
     partial = tmp_path / "out"
-    partial.mkdir()
-    for path in undisturbed.iterdir():
-        if path.name != "_complete.json":
-            (partial / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(undisturbed, partial, ignore=shutil.ignore_patterns("_complete.json"))
     packing = ["prepare", "format=chat", f"tokenizer={tiny.tokenizer}", f"out={tmp_path / 'packed'}"]
     assert "its answers are not all there yet" in refused(*packing, f"inputs={partial}")
+    torn = partial / "unit-000003.parquet"
+    os.truncate(torn, 2000)
+    code, _, complaint = here(*generation(tiny, partial))
+    assert code == 2 and f"{torn}: damaged" in complaint and "remove it" in complaint
+    torn.unlink()
+    assert here(*generation(tiny, partial))[0] == 0
+    assert files(partial) == files(undisturbed)
 
 
 def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
@@ -173,6 +177,12 @@ def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
     code, _, complaint = here(*again)
     assert code == 2 and f"{tmp_path / 'out'}: holds work begun with another weights" in complaint
     assert len(files(tmp_path / "out")) == 1
+
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan  # one that answers nothing
+    save_file(weights, tmp_path / "target" / "model.safetensors", {"format": "pt"})
+    code, _, complaint = here(*again, f"out={tmp_path / 'never'}")
+    assert code == 2 and "the target's logits are not finite" in complaint
+    assert not files(tmp_path / "never")
 
 
 def test_continuous_batching_gives_the_same_greedy_answers_and_repeats_itself(tiny, here, undisturbed, tmp_path):

@@ -6,6 +6,7 @@ import json
 import random
 
 import pytest
+from generations import generation
 
 from dist_train.config import SeedsSection
 from dist_train.errors import UserError
@@ -57,6 +58,21 @@ def test_formats(seeds, form, record, expected):
     assert seeds([record], format=form) == [expected]
 
 
+def message(name, parent, role, text):
+    return {"message_id": name, "parent_id": parent, "role": role, "text": text, "lang": "en"}
+
+
+TREES = [
+    message("1", None, "prompter", "a?"),
+    message("3", "2", "prompter", "c?"),
+    message("2", "1", "assistant", "b"),
+    message("4", "1", "assistant", "b2"),
+    message("5", "4", "prompter", "e?"),
+    message("6", None, "prompter", "lone?"),
+    message("8", "7", "prompter", "parent deleted"),
+]
+
+
 @pytest.mark.parametrize(
     ("form", "record", "message"),
     [
@@ -64,29 +80,30 @@ def test_formats(seeds, form, record, expected):
         ("chat", {"messages": [{"role": "wizard", "content": "a"}]}, "'messages' or 'conversations'"),
         ("oig", {"text": "a"}, "<human>: ... <bot>: ..."),
         ("dolly", {"prompt": "a"}, "'instruction' and 'context'"),
+        ("prompt", {"prompt": "\ud800 x"}, "half a surrogate pair at character 0"),
         ("openassistant", {"text": "a"}, "message_id, parent_id, text, role"),
+        ("openassistant", message("2", "1", "wizard", "a"), "message_id, parent_id, text, role"),
+        ("openassistant", message("2", "1", "prompter", None), "message_id, parent_id, text, role"),
+        ("openassistant", message(["2"], "1", ["prompter"], "a"), "message_id, parent_id, text, role"),
+        ("openassistant", message("2", ["1"], "prompter", "a"), "message_id, parent_id, text, role"),
+        ("openassistant", message("2", "1", "prompter", "a \ud800"), "half a surrogate pair at character 2"),
+        ("openassistant", message("2", "2", "prompter", "a"), "its own ancestor"),
     ],
 )
-def test_records_of_another_format_are_named(seeds, form, record, message):
+def test_records_of_another_format_are_named_with_their_line(seeds, tmp_path, form, record, message):
+    good = {"prompt": "a", "messages": THREE, "user": "a", "instruction": "a", "context": "", **TREES[0]}
     with pytest.raises(UserError) as error:
-        seeds([record], format=form)
+        seeds([good, record], format=form, turns="each")
+    assert str(error.value).startswith(f"{tmp_path / 'seeds.jsonl'}:2: ")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def tree(*messages):
-    names = ("message_id", "parent_id", "role", "text")
-    return [{**dict(zip(names, message, strict=True)), "lang": "en"} for message in messages]
-
-
-TREES = tree(
-    ("1", None, "prompter", "a?"),
-    ("3", "2", "prompter", "c?"),
-    ("2", "1", "assistant", "b"),
-    ("4", "1", "assistant", "b2"),
-    ("5", "4", "prompter", "e?"),
-    ("6", None, "prompter", "lone?"),
-    ("8", "7", "prompter", "parent deleted"),
-)
+@pytest.mark.parametrize("line", [b'{"prompt": ', b'{"prompt": "\xff"}', b"[1]"])
+def test_a_line_that_is_no_record_is_named_and_what_is_told_can_be_done(tiny, refused, tmp_path, line):
+    (tmp_path / "seeds.jsonl").write_bytes(b'{"prompt": "a"}\n' + line)
+    complaint = refused(*generation(tiny, tmp_path / "out", f"seeds.inputs={tmp_path / 'seeds.jsonl'}"))
+    assert f"{tmp_path / 'seeds.jsonl'}:2: not" in complaint
+    assert "take it out" in complaint and "faults." not in complaint  # which is prepare's
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,7 @@ def test_mistakes_in_the_configuration(tiny, refused, other_tokenizer, tmp_path)
         ([f"tokenizer={other_tokenizer}"], f"{other_tokenizer} is not the tokenizer of {tiny.target}: pieces: "),
         (["temperatures=[-1]"], "temperatures.0"),
         (["max_new_tokens=250"], "set seeds.max_tokens=6"),
+        (["max_new_tokens=256"], "set max_new_tokens below 256"),
     ):
         assert message in refused(*generation(tiny, tmp_path / "out", *options))
 

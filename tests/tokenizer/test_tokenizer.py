@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import shutil
 
 import pytest
 import sentencepiece
@@ -150,10 +151,14 @@ def test_a_template_that_does_not_work_is_named(tiny, template, message):
         tokenizer.encode_prompt([{"role": "user", "content": "x"}])
 
 
-def test_what_is_no_tokenizer_is_named(tmp_path):
-    (tmp_path / "torn.model").write_bytes(b"not a model")
-    with pytest.raises(UserError, match=r"torn\.model: not a sentencepiece model"):
-        load_tokenizer(tmp_path / "torn.model")
+def test_what_is_no_tokenizer_is_named(tiny, tmp_path):
+    shutil.copytree(tiny.tokenizer, tmp_path / "torn")
+    model = tmp_path / "torn" / "tokenizer.model"
+    for content in (b"not a model", b"", model.read_bytes()[:2000]):
+        model.write_bytes(content)
+        for source in (model, model.parent):
+            with pytest.raises(UserError, match=r"torn/tokenizer\.model: not a sentencepiece model"):
+                load_tokenizer(source)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="empty: no tokenizer can be loaded"):
         load_tokenizer(tmp_path / "empty")
