@@ -68,6 +68,8 @@ def _check_export(config: ExportConfig, reference: Reference) -> None:
         find_converter(config.llama_cpp)
     if config.results is not None:
         read_results(config.results, config.drafter)
+    if config.prompts is not None:
+        read_seeds(config.prompts, reference.tokenizer)
 
 
 def _check_folder(config: ExportConfig, target: str) -> int:
@@ -122,7 +124,7 @@ def _prove(config: ExportConfig, reference: Reference, folder: Path) -> tuple[in
     """Compare assisted with plain generation where a target and prompts are named: prompts and tokens compared."""
     if config.target is None or config.prompts is None:
         return None
-    prompts = encode_seeds(read_seeds(config.prompts), reference.tokenizer)
+    prompts = encode_seeds(read_seeds(config.prompts, reference.tokenizer), reference.tokenizer)
     eos_ids = token_ids(reference.generation["eos_token_id"]) or [reference.tokenizer.eos_id]
     tokens = check_assisted_generation(folder, config.target, prompts, eos_ids, config.max_new_tokens)
     print(
