@@ -35,8 +35,11 @@ def read_seeds(
     return found
 
 
-def read_all_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer) -> list[list[Message]]:
-    """The conversations of several sources, one source after another. Raises UserError when nothing is left."""
+def read_all_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer | None) -> list[list[Message]]:
+    """The conversations of several sources, one source after another. Raises UserError when nothing is left.
+
+    `tokenizer` as for `read_seeds`.
+    """
     seen: set[str] = set()
     found = [messages for section in sections for messages in read_seeds(section, tokenizer, but=seen)]
     if not found:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from dist_train.config import GenerateConfig, TrainConfig
@@ -171,6 +173,7 @@ def test_the_stage_is_told_by_the_sections(tmp_path):
 
 
 GIVEN = ["run.dir=r", "tokenizer=/nowhere", "data.sources=[{path: s}]", "train.steps=10"]
+TARGETED = ["target.path=somewhere", "objective={kld: 1}"]
 ON = ["--gpus", "8", "--gpu", "h100"]
 
 
@@ -195,10 +198,42 @@ def test_the_command_prints_every_assumption_with_its_formula(command):
         (["--gpus", "24", "--gpu", "h100", "--vocab-size", "9"], "is not a multiple of train.micro_batch"),
         ([*ON, "--vocab-size", "9", "--mfu", "1.5"], "mfu 1.5: a share, above 0 and at most 1"),
         ([*ON, "--vocab-size", "9", "--network", "0"], "--network 0.0: above 0"),
+        ([*TARGETED, *ON, "--vocab-size", "320", "--target-parameters", "inf"], "--target-parameters inf: above 0"),
+        ([*TARGETED, *ON, "--vocab-size", "320", "--target-parameters", "7e30"], "too large to plan"),
+        (
+            [
+                *TARGETED,
+                *ON,
+                "--vocab-size",
+                "320",
+                "--target-parameters",
+                "7e9",
+                "target.sharding=tp",
+                "target.tp_size=3",
+            ],
+            "target.tp_size 3: 8 ranks are not groups of that many",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(refused, more, complaint):
     assert complaint in refused("plan", *GIVEN, *more)
+
+
+def test_a_folder_is_no_configuration(refused, tmp_path):
+    assert "cannot be read: Is a directory" in refused("plan", tmp_path, *ON)
+
+
+def test_seeds_are_counted_as_generate_finds_them(tiny, command, refused, tmp_path):
+    """Those of all sources, once, within their limits of tokens; with a Llama in the place of the target too."""
+    some, more = tmp_path / "some.jsonl", tmp_path / "more.jsonl"
+    some.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", "b", "token " * 60)))
+    more.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("b", "c")))
+    limited = [f"seeds.inputs={some}", "seeds.max_tokens=50", f"more_seeds=[{{inputs: {more}}}]", "temperatures=[0]"]
+    for extra in ([], ["--target-parameters", "7e9", "--vocab-size", "320"]):
+        code, told, _ = command("plan", f"target.path={tiny.target}", *limited, "out=x", *ON, *extra)
+        assert code == 0
+        assert " 3 answers" in told
+    assert "or plan without it: --seeds" in refused("plan", "target.path=/nowhere", *limited, "out=x", *ON)
 
 
 def test_a_stage_without_a_plan_is_named(refused):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
@@ -124,6 +125,8 @@ def _run_plan(options: argparse.Namespace) -> None:
         machine = replace(machine, gpu=replace(machine.gpu, network=_above_0("--network", options.network) * 1e9))
     given = {name: getattr(options, name) for name in ("mfu", "target_mfu") if getattr(options, name) is not None}
     assumed = plan.Assumptions(**given)
+    if stage.name == "generate" and options.seeds is None:
+        options.seeds = _count_seeds(config)
     with tempfile.TemporaryDirectory() as folder:
         if options.target_parameters is not None:
             config = _with_llama(config, options, Path(folder))
@@ -136,15 +139,24 @@ def _plan_stage(stage: Stage, config: Any, machine: Any, assumed: Any, options: 
 
     if stage.name != "generate":
         return plan.plan_training(config, machine, assumed, _vocab_size(config, options), stage.name)
-    seeds = options.seeds
-    if seeds is None:
-        from dist_train.prompts import read_seeds
-
-        seeds = len(read_seeds(config.seeds))
     tokens = options.answer_tokens
     if tokens is None:
         tokens = config.max_new_tokens / 2
-    return plan.plan_generation(config, machine, assumed, seeds, _above_0("--answer-tokens", tokens))
+    return plan.plan_generation(config, machine, assumed, options.seeds, _above_0("--answer-tokens", tokens))
+
+
+def _count_seeds(config: Any) -> int:
+    """As generate finds them; a tokenizer is needed only where their tokens are limited."""
+    from dist_train.prompts import read_all_seeds
+    from dist_train.tokenizer import load_tokenizer
+
+    sections = [config.seeds, *config.more_seeds]
+    limited = any(section.min_tokens or section.max_tokens for section in sections)
+    try:
+        tokenizer = load_tokenizer(config.tokenizer or config.target.path) if limited else None
+    except UserError as error:
+        raise UserError(f"{error}; or plan without it: --seeds 10000") from error
+    return len(read_all_seeds(sections, tokenizer))
 
 
 def _with_llama(config: Any, options: argparse.Namespace, folder: Path) -> Any:
@@ -174,6 +186,6 @@ def _vocab_size(config: Any, options: argparse.Namespace) -> int:
 
 
 def _above_0(name: str, value: float) -> float:
-    if not value > 0:
-        raise UserError(f"{name} {value}: above 0")
+    if not 0 < value < math.inf:
+        raise UserError(f"{name} {value}: above 0, and finite")
     return value

@@ -128,12 +128,15 @@ class Demo:
     def stage(self, name: str, label: str, config: dict[str, Any], processes: int | None = None) -> None:
         """Run a stage's command with a configuration that stays readable in `out/configs`."""
         from dist_train.cli import main
+        from dist_train.launch import launch
 
         path = self.out / "configs" / f"{label}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump(config, sort_keys=False))
         processes = processes or self.processes
-        code = main([name, str(path), *(["--nproc", str(processes)] if processes > 1 else [])])
+        # Never in this process: DeepSpeed keeps the groups of the training before.
+        command = [name, str(path)]
+        code = main([*command, "--nproc", str(processes)]) if processes > 1 else launch(command, 1)
         if code:
             sys.exit(code)
 

@@ -73,6 +73,7 @@ def run(config: EvaluateConfig) -> None:
             results["token_rate"] = _token_rate(config, models, tasks)
             save_config(config, config.out / "config.yaml")
             print(f"{write_results(config.out, results, found)}\nevaluate: {config.out}/results.html", flush=True)
+            units.conclude({})
 
 
 def _cells(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> list[Cell]:

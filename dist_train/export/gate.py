@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from dist_train.errors import UserError
@@ -21,6 +22,8 @@ from dist_train.tokenizer import PROBES, HuggingFaceTokenizer, SentencePieceToke
 ARCHITECTURE = "LlamaForCausalLM"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 AGAIN = "export again with dist-train export"
+# What files raise, and transformers of a configuration whose values it cannot use.
+_UNREADABLE = (OSError, SafetensorError, StrictDataclassError, ValueError, TypeError, KeyError, ZeroDivisionError)
 _IGNORED = re.compile(
     r"inv_freq$|^lm_head\.weight$"
 )  # servers pass over old rotary buffers, and the copy of a tied head
@@ -81,12 +84,16 @@ def _architecture(config: dict[str, Any]) -> Check:
     fault = f"{found}; servers draft with a plain {ARCHITECTURE}, train one" if found != [ARCHITECTURE] else None
     if config.get("auto_map"):
         fault = "asks for code of its own (auto_map), which servers do not run; remove it from config.json"
+    elif config.get("quantization_config"):
+        fault = "asks for quantized weights (quantization_config), these are not; remove it from config.json"
     return _verdict("architecture", fault, ARCHITECTURE)
 
 
 def _vocabulary(config: dict[str, Any], reference: Reference) -> Check:
     found, wanted = config.get("vocab_size") or 0, reference.vocab_size
     fault = None
+    if not isinstance(found, int):
+        return Check("vocabulary size", "failed", f"{found!r} is no number; {AGAIN}")
     if wanted is not None and found != wanted:
         fault = f"{found} entries, the target's vocabulary has {wanted} entries; train with target.path"
     elif found < reference.tokenizer.vocab_size:
@@ -105,9 +112,12 @@ def _tokenizers(folder: Path, reference: Reference) -> list[Check]:
         "encoding": (("byte_fallback", "encoding"), f"{len(PROBES)} difficult texts give the target's ids"),
     }
     faults: dict[str, list[str]] = {name: [] for name in names}
+    expected = ["tokenizer.json"] + ["tokenizer.model"] * isinstance(reference.tokenizer, SentencePieceTokenizer)
+    missing = [file for file in expected if not (folder / file).exists()]
+    faults["pieces"] += [f"{file} is missing" for file in missing]
     try:
         found = [load_tokenizer(folder)]
-        if isinstance(found[0], SentencePieceTokenizer):
+        if isinstance(found[0], SentencePieceTokenizer) and "tokenizer.json" not in missing:
             found.append(HuggingFaceTokenizer(str(folder)))
     except Exception as error:  # what tokenizers raises for a torn file is no narrower
         return [_verdict(name, f"{' '.join(str(error).split())}; {AGAIN}", "") for name in names]
@@ -151,6 +161,8 @@ def _chat_template(folder: Path, reference: Reference) -> Check:
 
 def _positions(config: dict[str, Any], reference: Reference, serving_length: int | None) -> Check:
     found, wanted = config.get("max_position_embeddings") or 0, serving_length or reference.max_positions
+    if not isinstance(found, int):
+        return Check("positions", "failed", f"{found!r} is no number; {AGAIN}")
     if wanted is None or found >= wanted:
         return Check("positions", "ok", f"{found}" + (f", {wanted} wanted" if wanted else ""))
     mend = f"train with drafter.max_positions={wanted}"
@@ -161,8 +173,9 @@ def _positions(config: dict[str, Any], reference: Reference, serving_length: int
 
 
 def _safetensors_only(folder: Path) -> Check:
-    pickles = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in PICKLES)
-    code = sorted(str(path.relative_to(folder)) for path in folder.rglob("*.py"))
+    suffixes = {str(path.relative_to(folder)): path.suffix.lower() for path in sorted(folder.rglob("*"))}
+    pickles = [name for name, suffix in suffixes.items() if suffix in PICKLES]
+    code = [name for name, suffix in suffixes.items() if suffix == ".py"]
     fault = None
     if pickles:
         fault = f"{', '.join(pickles)}: can run code when loaded; remove it"
@@ -178,7 +191,7 @@ def _weights(folder: Path, config: dict[str, Any]) -> Iterator[Check]:
     try:
         found = dict(_stored(folder))
         wanted = _shapes(config)
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+    except _UNREADABLE as error:
         unread = f"cannot be read: {' '.join(str(error).split())}; {AGAIN}"
         yield from (_verdict(name, unread, "") for name in ("weights", "dtype"))
         return

@@ -82,8 +82,9 @@ def _generation_ids(section: TargetSection, special: dict[str, Any]) -> dict[str
 
     try:
         found = GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
-    except OSError:
-        return copy.deepcopy(special)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
+        # transformers says OSError also of a file that is there and is not JSON
+        if isinstance(error, OSError) and not isinstance(error.__context__, ValueError):
+            return copy.deepcopy(special)
         raise UserError(f"{section.path}: generation_config.json cannot be read: {error}") from error
     return {name: special[name] if getattr(found, name) is None else getattr(found, name) for name in SPECIAL}

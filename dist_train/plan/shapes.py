@@ -12,6 +12,8 @@ import torch
 from dist_train.config import TargetSection, TrainConfig
 from dist_train.errors import UserError
 
+_MOST_PARAMETERS = 1e15  # far above any model, and far below where torch's sizes overflow
+
 
 @dataclass(frozen=True)
 class Size:
@@ -47,6 +49,8 @@ def llama_of(parameters: float, vocab_size: int) -> Any:
     """
     from transformers import LlamaConfig
 
+    if parameters > _MOST_PARAMETERS:
+        raise UserError(f"a target of {parameters:.3g} parameters: too large to plan, at most {_MOST_PARAMETERS:.0e}")
     layers = max(1, round((parameters / (12 * 128**2)) ** (1 / 3)))
     width = 128 * layers
     left = parameters - 2 * vocab_size * width - 4 * layers * width**2
@@ -96,7 +100,7 @@ def stage_of(path: Path | None, words: Sequence[str]) -> str:
     import yaml
 
     tree: Any = {}
-    if path is not None and path.exists():
+    if path is not None and path.is_file():
         try:
             tree = yaml.safe_load(path.read_text())
         except (yaml.YAMLError, UnicodeDecodeError):

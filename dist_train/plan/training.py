@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from dist_train.config import TrainConfig
+from dist_train.errors import UserError
 from dist_train.plan.machine import Assumptions, Machine
 from dist_train.plan.report import Plan
 from dist_train.plan.shapes import Size, drafter_shape, measure, target_shape
@@ -19,12 +20,14 @@ _GIB = 2**30
 def plan_training(config: TrainConfig, machine: Machine, assumed: Assumptions, vocab_size: int, name: str) -> Plan:
     """Figures of `dist-train pretrain` or `distill`; pure arithmetic, no GPU and no data needed.
 
-    Raises UserError when batch and ranks do not fit, or the target's configuration is not at hand.
+    Raises UserError when batch or target and ranks do not fit, or the target's configuration is not at hand.
     """
     train, length = config.train, config.data.sequence_length
     drafter = measure(drafter_shape(config, vocab_size))
-    in_loop = config.target is not None and set(config.objective) != {"ce"}
-    target = measure(target_shape(config.target)) if in_loop and config.target is not None else None
+    section = config.target if set(config.objective) != {"ce"} else None
+    target = measure(target_shape(section)) if section is not None else None
+    if section is not None and section.sharding == "tp" and machine.gpus % section.tp_size:
+        raise UserError(f"target.tp_size {section.tp_size}: {machine.gpus} ranks are not groups of that many")
     tokens = train.steps * train.global_batch * length
     plan = Plan(
         f"{name} on {machine.gpus} x {machine.gpu.name}, {machine.nodes} node{'s' if machine.nodes > 1 else ''}: "

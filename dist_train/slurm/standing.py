@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_shards.files import read_json
 from data_shards.format import INDEX
+from data_shards.inputs import InputFile, plan_units
+from data_shards.prepare import PLAN
 from dist_train.run_folder import CHECKPOINTS, committed
 
 TRAINING = ("pretrain", "distill")
 _UNITS = {"prepare": "shard", "generate": "batch", "evaluate": "batch"}
 _PIECES = {"prepare": "shard-*.json", "generate": "unit-*.parquet", "evaluate": "units/unit-*.json"}
-_LAST = {"prepare": INDEX, "generate": "_statistics.json", "evaluate": "results.json"}  # each written last
+_LAST = {"prepare": INDEX, "generate": "_complete.json", "evaluate": "units/_complete.json"}  # each written last
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,22 @@ def standing(stage: str, folder: Path, steps: int | None = None) -> Standing:
         newest = committed(folder / CHECKPOINTS)[-1:]
         done = max((int(checkpoint.name.removeprefix("step-")) for checkpoint in newest), default=0)
         return Standing(done, steps, "step", steps is not None and done >= steps)
-    finished = (folder / _LAST[stage]).exists()
-    done = sum(1 for _ in folder.glob(_PIECES[stage]))
-    return Standing(done, done if finished else None, _UNITS[stage], finished)
+    done, last = sum(1 for _ in folder.glob(_PIECES[stage])), folder / _LAST[stage]
+    if not last.exists():
+        return Standing(done, _planned(folder) if stage == "prepare" else None, _UNITS[stage], False)
+    if stage == "prepare":  # the index took the place of the pieces' own records
+        done = total = len(read_json(last)["shards"])
+    else:
+        total = read_json(last)["units"]
+    return Standing(done, total, _UNITS[stage], done >= total)
+
+
+def _planned(folder: Path) -> int | None:
+    """Shards that a corpus which was begun will have; None for Parquet, whose cut only the files themselves tell."""
+    if not (folder / PLAN).exists():
+        return None
+    plan = read_json(folder / PLAN)
+    files = [InputFile(*file) for file in plan["inputs"]]
+    if any(file.path.endswith(".parquet") for file in files):
+        return None
+    return len(plan_units(files, plan["unit_bytes"]))

@@ -33,6 +33,10 @@ def verdicts(command, tiny):
     return run
 
 
+# What transformers reads, which stops at a value of another type.
+BY_TRANSFORMERS = {"pieces", "tokenizer's special ids", "encoding", "chat template", "weights", "dtype"}
+
+
 def edit(name, **changes):
     def doctor(folder):
         content = json.loads((folder / name).read_text())
@@ -48,7 +52,11 @@ def remove(name):
 
 
 def add(name):
-    return lambda folder: (folder / name).write_bytes(b"")
+    def doctor(folder):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+
+    return doctor
 
 
 def tear(name):
@@ -109,7 +117,12 @@ def test_an_exported_folder_passes(exported, verdicts):
     [
         (edit("config.json", architectures=["MistralForCausalLM"]), {"architecture"}),
         (edit("config.json", auto_map={"AutoModelForCausalLM": "x.Y"}), {"architecture"}),
+        (edit("config.json", quantization_config={"quant_method": "fp8"}), {"architecture"}),
+        (edit("config.json", vocab_size="320"), {"vocabulary size", *BY_TRANSFORMERS}),
+        (edit("config.json", max_position_embeddings="256"), {"positions", *BY_TRANSFORMERS}),
         (edit("config.json", vocab_size=321), {"vocabulary size", "weights"}),
+        (remove("tokenizer.model"), {"pieces"}),
+        (remove("tokenizer.json"), {"pieces"}),
         (swap_pieces, {"pieces", "encoding"}),
         (change_sentencepiece, {"pieces"}),
         (tear("tokenizer.json"), {"pieces", "encoding", "tokenizer's special ids", "chat template"}),
@@ -120,6 +133,7 @@ def test_an_exported_folder_passes(exported, verdicts):
         (drop_template, {"chat template"}),
         (edit("tokenizer_config.json", chat_template="{{ messages }}"), {"chat template"}),
         (add("pytorch_model.bin"), {"safetensors only"}),
+        (add("more/optimizer.PT"), {"safetensors only"}),
         (add("modeling.py"), {"safetensors only"}),
         (weights(drop_head), {"weights"}),
         (weights(make_nan), {"weights"}),
@@ -152,3 +166,7 @@ def test_a_drafter_shorter_than_what_is_served(exported, verdicts, tmp_path):
 def test_what_cannot_be_checked_is_one_line(refused, tiny, tmp_path):
     assert "no run, checkpoint or Hugging Face" in refused("export", "--check", tiny.target, f"drafter={tmp_path}")
     assert "no target model" in refused("export", "--check", "/nowhere", f"drafter={tiny.drafter}")
+    shutil.copytree(tiny.target, tmp_path / "target")
+    tear("generation_config.json")(tmp_path / "target")
+    complaint = refused("export", "--check", tmp_path / "target", f"drafter={tiny.drafter}")
+    assert "generation_config.json cannot be read" in complaint

@@ -76,7 +76,7 @@ def test_the_card_has_the_training_and_the_measurements(tiny, cli, command, tmp_
         "temperatures=[0]",
         "token_rate.prompts=0",
     )
-    prompts = f"prompts={{inputs: {tiny.chat_lines}, limit: 2}}"
+    prompts = f"prompts={{inputs: {tiny.chat_lines}, max_tokens: 100, limit: 2}}"
     arguments = ["export", f"drafter={run}", f"target.path={tiny.target}", f"out={out}", "target.precision=fp32"]
     code, said, _ = command(*arguments, f"results={results}", prompts, "max_new_tokens=8")
     assert code == 0
@@ -194,6 +194,10 @@ def test_what_cannot_be_exported_is_one_line(tiny, refused, tmp_path):
         (["export", f"drafter={tiny.drafter}", f"target.path={tiny.target}"], "out is required"),
         (export(tiny, tmp_path / "out", f"tokenizer={tmp_path / 'tokenizer'}"), "is not the tokenizer of"),
         (export(tiny, tmp_path / "out", "serving_length=1000"), "positions: 256, fewer than serving_length 1000"),
+        (
+            export(tiny, tmp_path / "out", f"prompts={{inputs: {tiny.chat_lines}, max_tokens: 1}}"),
+            "no prompts in it with",
+        ),
         (["export", f"drafter={headless}", f"target.path={tiny.target}", out], "lm_head.weight is missing"),
     ]
     for arguments, message in cases:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from data_shards.files import write_json
 from dist_train.slurm import journal
 from dist_train.slurm.checks import _minutes
 from dist_train.slurm.standing import Standing, standing
@@ -101,8 +102,33 @@ def test_standing_counts_what_is_committed(tmp_path):
         (tmp_path / "checkpoints" / name / "manifest.json").touch()
     assert standing("pretrain", tmp_path, 12) == Standing(10, 12, "step", False)
     assert standing("distill", tmp_path, 10).finished
-    (tmp_path / "unit-000000.parquet").touch()
-    assert str(standing("generate", tmp_path)) == "1 batch"
+
+
+def test_what_is_finished_has_its_mark_and_every_piece(tiny, command, tmp_path):
+    """Of a corpus of one shard, answers in two batches and results in one, as the stages leave them."""
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text("".join(json.dumps({"prompt": f"Say word {number}"}) + "\n" for number in range(4)))
+    asked = [f"target.path={tiny.target}", "target.precision=fp32", "max_new_tokens=2"]
+    answers, results = tmp_path / "answers", tmp_path / "results"
+    command("generate", *asked, f"seeds.inputs={seeds}", "temperatures=[0]", "batch_size=2", f"out={answers}")
+    task = f"tasks=[{{name: words, inputs: {seeds}, temperatures: [0]}}]"
+    more = ["gammas=[2]", "token_rate.prompts=0", f"drafters={{base: {tiny.drafter}}}", f"out={results}"]
+    command("evaluate", *asked, task, *more)
+    shown = {"prepare": (tiny.corpus, 1, "shard"), "generate": (answers, 2, "batch"), "evaluate": (results, 1, "batch")}
+    for stage, (folder, pieces, unit) in shown.items():
+        assert standing(stage, folder) == Standing(pieces, pieces, unit, True)
+    (answers / "unit-000001.parquet").unlink()
+    (results / "units" / "unit-000000.json").unlink()
+    assert standing("generate", answers) == Standing(1, 2, "batch", False)
+    assert standing("evaluate", results) == Standing(0, 1, "batch", False)
+    (answers / "_complete.json").unlink()
+    assert standing("generate", answers) == Standing(1, None, "batch", False)
+
+
+def test_a_corpus_that_was_begun_knows_how_many_shards_it_will_have(tmp_path):
+    write_json(tmp_path / "plan.json", {"inputs": [["a.jsonl", 250], ["b.jsonl.gz", 900]], "unit_bytes": 100})
+    (tmp_path / "shard-00000.json").touch()
+    assert standing("prepare", tmp_path) == Standing(1, 4, "shard", False)
 
 
 def test_time_left_is_of_the_pace_and_not_of_the_queue(tmp_path):
