@@ -110,6 +110,20 @@ def test_an_evaluation_goes_on_with_missing_units(tiny, command, refused, tmp_pa
     assert "begun with another drafter itself, target;" in refused(*words(1))
 
 
+@pytest.mark.parametrize("which", ["drafter", "target"])
+@pytest.mark.parametrize("temperature", [0, 0.6])
+def test_a_model_that_gives_nan_is_named(tiny, refused, tmp_path, which, temperature):
+    broken = AutoModelForCausalLM.from_pretrained(getattr(tiny, which))
+    broken.lm_head.weight.data[7] = float("nan")
+    broken.save_pretrained(tmp_path / which)
+    models = {"target": tiny.target, "drafter": tiny.drafter, which: tmp_path / which}
+    told = refused(
+        *evaluation(tiny, tmp_path / "out", f"target.path={models['target']}", f"drafters={{a: {models['drafter']}}}"),
+        *(f"tokenizer={tiny.tokenizer}", f"temperatures=[{temperature}]", "tasks.0.limit=2"),
+    )
+    assert f"{tmp_path / which}: gives NaN" in told
+
+
 def generation(tiny, out, *more):
     return [
         "generate",
