@@ -100,6 +100,10 @@ def test_an_evaluation_goes_on_with_missing_units(tiny, command, refused, tmp_pa
     assert command(*words(-1))[0] == 0
     assert units[0].stat().st_mtime_ns == untouched
     assert figures() == before and before["a", "base"] != before["a", "itself"]
+    units[2].write_bytes(units[2].read_bytes()[:-9])
+    assert f"{units[2]}: torn or changed; remove it" in refused(*words(1))
+    units[2].unlink()
+    assert command(*words(1))[0] == 0 and figures() == before
     assert "holds work begun with another seed" in refused(*words(1, "seed=1"))
     shutil.copytree(tiny.target, drafter, dirs_exist_ok=True)
     assert "begun with another drafter base;" in refused(*words(1))
