@@ -142,6 +142,8 @@ def _add_evaluate_modes(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
+    if options.compare and options.server is not None:
+        raise UserError("--compare and --server: one at a time; compare what is in results folders")
     if options.compare:
         from dist_train.evaluate.compare import compare
 
@@ -150,7 +152,9 @@ def _run_evaluate(options: argparse.Namespace) -> int:
             raise UserError(f"--compare: takes results folders and out=DIR, not {strays[0]!r}")
         compare(options.compare, Path(words["out"]) if "out" in words else None)
         return 0
-    if options.server:
+    if options.server is not None:
+        if not options.server:
+            raise UserError("--server: needs the address of a server, such as http://node7:8000")
         options.stage = replace(options.stage, module="dist_train.evaluate.served", config="ServedConfig")
         options.words.append(f"server={options.server}")
     return _run_stage(options)

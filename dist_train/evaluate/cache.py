@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from dist_train.errors import UserError
+
 
 class RowReader:
     """A causal language model that reads tokens into `rows` rows of `slots` slots.
@@ -30,6 +32,7 @@ class RowReader:
         self._place = _Place(rows, slots)
         self._layers = [_RowLayer(self._place) for _ in range(config.num_hidden_layers)]
         self._cache = Cache(layers=list(self._layers))
+        self._is_nan = torch.zeros((), dtype=torch.bool, device=model.device)
 
     def prefill(self, rows: Tensor, tokens: Tensor) -> None:
         """Read `tokens` [k, n] from position 0 of `rows` [k] on, padded at the end with anything."""
@@ -46,7 +49,16 @@ class RowReader:
         """
         rows = torch.arange(len(tokens), device=tokens.device)
         self._place.go(rows, positions, width, fresh=False)
-        return self._forward(tokens, positions.clamp_min(0), width, keep)
+        logits = self._forward(tokens, positions.clamp_min(0), width, keep)
+        self._is_nan |= logits.amax(-1).isnan().any()
+        return logits
+
+    def refuse_nan(self) -> None:
+        """Raise UserError where logits that were read held NaN. Apart from `read`: asking makes a GPU wait."""
+        if self._is_nan:
+            raise UserError(
+                f"{self._model.name_or_path}: gives NaN; its weights are damaged or too large for their precision"
+            )
 
     def move(self, source: int, target: int) -> None:
         """Copy row `source` to row `target`."""

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from data_shards.files import read_json, write_atomically, write_json
 from dist_train.errors import UserError
 from dist_train.evaluate.measures import Counts, bootstrap_runs
-from dist_train.evaluate.results import COUNTS, RESULTS
+from dist_train.evaluate.results import COUNTS, RESULTS, make_folder
 from dist_train.evaluate.tables import comparison_table, interval, markdown
 
 Condition = tuple[str, int, float, str]  # task, gamma, temperature, drafting
@@ -58,10 +58,11 @@ def compare(words: Sequence[str], out: Path | None = None) -> dict[str, Any]:
         raise UserError(f"--compare: {twice.folder}:{twice.drafter} is named twice")
     for run in runs[1:]:
         _refuse_what_differs(runs[0], run)
+    if out is not None:
+        make_folder(out)
     found = _compared(methods)
     text = _as_markdown(found)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         write_json(out / "comparison.json", found)
         write_atomically(out / "comparison.md", [text.encode()])
     print(text, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 
 from data_shards.files import write_atomically, write_json
 from dist_train.config import EvaluateConfig
+from dist_train.errors import UserError
 from dist_train.evaluate.measures import (
     accepted_histogram,
     accepted_shares,
@@ -34,6 +36,16 @@ class Cell(NamedTuple):
     gamma: int
     temperature: float
     drafting: str
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder of the results. Raises UserError where nothing can be written there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be made: {error.strerror}; choose another folder") from error
+    if not os.access(out, os.W_OK):
+        raise UserError(f"{out}: cannot be written; choose another folder")
 
 
 def gather(

@@ -8,7 +8,9 @@ counted too.
 
 from __future__ import annotations
 
+import http.client
 import json
+import math
 import re
 import time
 import urllib.error
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 from data_shards.files import read_json, write_atomically, write_json
 from dist_train.config import ServedConfig, save_config
 from dist_train.errors import UserError
-from dist_train.evaluate.results import RESULTS
+from dist_train.evaluate.results import RESULTS, make_folder
 from dist_train.evaluate.tables import interval, markdown, shares
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.target import load_target_tokenizer, read_target_config
@@ -29,6 +31,7 @@ from dist_train.tokenizer import Tokenizer, load_tokenizer
 from dist_train.units import unit_seed
 
 SERVED = "served.json"
+_SECONDS_TO_REST = 60
 _PREFIX = "vllm:spec_decode_num_"
 _SAMPLE = re.compile(rf"{_PREFIX}(\w+?)(_total)?(?:\{{(.*)\}})?\s+([-+.\w]+)(?:\s+\d+)?")
 _POSITION = re.compile(r'position="(\d+)"')
@@ -53,14 +56,17 @@ class Counters(NamedTuple):
 
 
 def parse_counters(text: str) -> Counters | None:
-    """The counters in Prometheus' text format, summed over engines; None where there are none."""
+    """The counters in Prometheus' text format, summed over engines; None where there are none.
+
+    Raises ValueError where one of them is no count.
+    """
     sums: dict[tuple[str, int], dict[bool, float]] = {}
     for line in text.splitlines():
         if match := _SAMPLE.fullmatch(line.strip()):
             name, total, labels, value = match.groups()
             place = _POSITION.search(labels or "")
             by_suffix = sums.setdefault((name, int(place[1]) if place else -1), {})
-            by_suffix[bool(total)] = by_suffix.get(bool(total), 0.0) + float(value)
+            by_suffix[bool(total)] = by_suffix.get(bool(total), 0.0) + _count(value)
     # A server that exports a counter with and without the suffix means one and the same.
     found = {key: by_suffix.get(True, by_suffix.get(False, 0.0)) for key, by_suffix in sums.items()}
     if ("drafts", -1) not in found:
@@ -74,6 +80,13 @@ def parse_counters(text: str) -> Counters | None:
     )
 
 
+def _count(value: str) -> float:
+    found = float(value)
+    if not math.isfinite(found):
+        raise ValueError(f"{value} is no count")
+    return found
+
+
 class Server:
     """An OpenAI-compatible server. Every method raises UserError, naming the address, when it does not answer."""
 
@@ -82,30 +95,51 @@ class Server:
 
     def model(self) -> str:
         """The first model that it lists."""
-        return str(json.loads(self._ask("/v1/models"))["data"][0]["id"])
+        try:
+            return str(self._answer("/v1/models")["data"][0]["id"])
+        except (LookupError, TypeError) as error:
+            raise UserError(f"{self.url}/v1/models: no model is listed; name the target's, model=NAME") from error
 
     def counters(self) -> Counters:
         """Its counters, once they stand still: the last are written after the answer is sent."""
-        before = self._counters()
-        while True:
+        before, began = self._counters(), time.monotonic()
+        while time.monotonic() - began < _SECONDS_TO_REST:
             time.sleep(0.2)
             now = self._counters()
             if now == before:
                 return now
             before = now
+        raise UserError(
+            f"{self.url}/metrics: its counters do not stand still for {_SECONDS_TO_REST} s; does it answer others? "
+            "measure on a server that answers nobody else"
+        )
 
     def complete(self, request: Mapping[str, Any]) -> int:
         """Tokens of the answer to one request."""
-        answer = json.loads(self._ask("/v1/completions", request))
-        return int(answer["usage"]["completion_tokens"])
+        try:
+            return int(self._answer("/v1/completions", request)["usage"]["completion_tokens"])
+        except (LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self.url}/v1/completions: an answer without usage.completion_tokens; is it vLLM's own?"
+            ) from error
 
     def _counters(self) -> Counters:
-        found = parse_counters(self._ask("/metrics"))
+        try:
+            found = parse_counters(self._ask("/metrics"))
+        except ValueError as error:
+            raise UserError(f"{self.url}/metrics: a counter {_PREFIX}* cannot be read: {error}") from error
         if found is None:
             raise UserError(
                 f"{self.url}/metrics: no counters {_PREFIX}*; it serves without speculative decoding, or is no vLLM"
             )
         return found
+
+    def _answer(self, path: str, content: Mapping[str, Any] | None = None) -> Any:
+        said = self._ask(path, content)
+        try:
+            return json.loads(said)
+        except ValueError as error:
+            raise UserError(f"{self.url}{path}: answers no JSON: {said[:80]!r}; check --server") from error
 
     def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> str:
         data = None if content is None else json.dumps(content).encode()
@@ -116,7 +150,7 @@ class Server:
         except urllib.error.HTTPError as error:
             said = " ".join(error.read().decode(errors="replace").split())[:200]
             raise UserError(f"{self.url}{path}: answers {error.code}: {said or error.reason}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:  # OverflowError: of a port
             reason = getattr(error, "reason", error)
             raise UserError(f"{self.url}{path}: does not answer: {reason}; check --server") from error
 
@@ -141,6 +175,7 @@ def check(config: ServedConfig) -> None:
 def run(config: ServedConfig) -> None:
     """Answer every task at every temperature and read the counters around each; write served.json and served.md."""
     check(config)
+    make_folder(config.out)
     server = Server(config.server, config.timeout)
     server.counters()  # before anything is answered
     model = config.model or server.model()
@@ -153,12 +188,11 @@ def run(config: ServedConfig) -> None:
         for name, prompts in tasks.items()
         for temperature in prompts.sampling.temperatures
     ]
-    config.out.mkdir(parents=True, exist_ok=True)
     found = {"server": server.url, "model": model, "rows": rows}
     write_json(config.out / SERVED, found)
     text = _as_markdown(rows, beside)
     write_atomically(config.out / "served.md", [text.encode()])
-    save_config(config, config.out / "config.yaml")
+    save_config(config, config.out / "served.yaml")  # config.yaml is that of an evaluation in the same folder
     print(f"{text}\nevaluate: {config.out / SERVED}", flush=True)
 
 

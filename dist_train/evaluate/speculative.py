@@ -78,6 +78,8 @@ def speculative_generate(
                 at = at[:, -1:] + 1
                 block, positions = torch.cat([block, tokens], 1), torch.cat([positions, at], 1)
         logits = target_reader.read(block, positions, batch.longest + gamma)
+        for reader in readers:
+            reader.refuse_nan()
         if temperature == 0:
             accepted, extra = _verify_greedy(block[:, 1:], logits.argmax(-1))
         else:
@@ -149,13 +151,13 @@ def _verify(drafts: Tensor, p: Sequence[Tensor], q: Tensor, chances: Tensor) -> 
 def _draw(weights: Tensor, chance: Tensor) -> Tensor:
     """One token [B] of each row of unnormalised probabilities [B, V], by inversion of `chance` [B] in [0, 1).
 
-    In float64, where neither the sum over a vocabulary nor the chance rounds a rare token away.
+    Of NaN any token. In float64, where neither the sum over a vocabulary nor the chance rounds a rare token away.
     """
     reached = weights.double().cumsum(-1)
     total = reached[:, -1:]
     # Below the total even where the product rounds up to it: a token of probability 0 is never the first beyond.
     point = torch.minimum(chance[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(reached, point, right=True)[:, 0]
+    return torch.searchsorted(reached, point, right=True)[:, 0].clamp_max(weights.shape[-1] - 1)
 
 
 class _Batch:

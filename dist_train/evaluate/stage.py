@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from data_shards.errors import DataError
 from data_shards.files import read_json, write_json
 from dist_train.config import EvaluateConfig, save_config
 from dist_train.drafter import find_model, load_drafter, read_drafter_config
@@ -67,13 +68,20 @@ def run(config: EvaluateConfig) -> None:
         if runtime.is_first:
             found: dict[Cell, dict[str, list[Any]]] = {cell: {"blocks": [], "lengths": []} for cell in cells}
             for unit, (cell, _) in enumerate(works):
-                for key, values in read_json(units.path(unit)).items():
+                for key, values in _read_unit(units.path(unit)).items():
                     found[cell][key] += values
             results = gather(config, tasks, found, models.parameters(), _identity(config, models.target))
             results["token_rate"] = _token_rate(config, models, tasks)
             save_config(config, config.out / "config.yaml")
             print(f"{write_results(config.out, results, found)}\nevaluate: {config.out}/results.html", flush=True)
             units.conclude({})
+
+
+def _read_unit(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except DataError as error:
+        raise UserError(f"{path}: torn or changed; remove it and start again, which decodes it alone anew") from error
 
 
 def _cells(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> list[Cell]:

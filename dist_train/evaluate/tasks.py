@@ -141,3 +141,7 @@ def _fill(template: str, record: dict[str, Any], path: str) -> str:
             f"{path}: a record does not have what the prompt {template!r} is made of; its fields are "
             f"{', '.join(record)}; name another template or preset"
         ) from None
+    except ValueError as error:
+        raise UserError(
+            f"template {template!r}: {error}; a field is {{name}} alone, a brace that is meant as such is doubled"
+        ) from None

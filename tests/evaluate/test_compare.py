@@ -105,6 +105,10 @@ def test_what_cannot_be_compared_is_refused(tmp_path, refused):
     for word, other in cases.items():
         assert word in refused("evaluate", "--compare", a, other)
     assert "no finished results" in refused("evaluate", "--compare", a, tmp_path)
+    for out in (a / "results.json", "/proc/nowhere"):
+        assert f"{out}: cannot be made" in refused(
+            "evaluate", f"out={out}", "--compare", a, folder(tmp_path / Path(out).name, 0.0)
+        )
     assert "one method alone" in refused("evaluate", "--compare", a)
     assert "is named twice" in refused("evaluate", "--compare", f"x={a}", f"y={a}")
     assert "no drafter 'z'" in refused("evaluate", "--compare", a, f"{a}:z")

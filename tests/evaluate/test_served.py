@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 from contextlib import contextmanager
@@ -41,10 +42,14 @@ def test_counters_are_summed_over_engines():
 
 
 @contextmanager
-def serving(drafts=True, status=200, shrink=False):
+def serving(drafts=True, status=200, shrink=False, said=None):
     """A server whose every answer takes one draft of three tokens for each prompt token; of the k-th draft of all its
-    time k modulo 4 tokens are accepted, by engines in turn."""
+    time k modulo 4 tokens are accepted, by engines in turn.
+
+    `said`: what is answered instead, by path; `{}` in it is another number each time.
+    """
     lock, requests, accepted = threading.Lock(), [], []
+    numbers = itertools.count()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -62,6 +67,7 @@ def serving(drafts=True, status=200, shrink=False):
             self._say(json.dumps({"usage": {"completion_tokens": 5}}) if status == 200 else "no room", status)
 
         def _say(self, text, code=200):
+            text = (said or {}).get(self.path, text).replace("{}", str(next(numbers)))
             self.send_response(code)
             self.end_headers()
             self.wfile.write(text.encode())
@@ -121,13 +127,15 @@ def test_the_table_is_what_the_server_counted_meanwhile(tiny, command, tmp_path)
     assert f"{row['block_efficiency']:.2f}" in said
 
 
-def test_offline_figures_stand_beside_served_ones_of_the_same_prompts(tiny, command, cli, tmp_path, refused):
+def test_offline_figures_stand_beside_served_ones_of_the_same_prompts(tiny, command, tmp_path, refused):
     offline = tmp_path / "offline"
     setup = words(tiny, offline, "target.precision=fp32", "gammas=[3]", "token_rate.prompts=0")
-    cli(*setup, f"drafters={{base: {tiny.drafter}}}")
+    assert command(*setup, f"drafters={{base: {tiny.drafter}}}")[0] == 0
     (row,) = read_json(offline / "results.json")["rows"]
     with serving() as (url, _, _):
-        code, said, complaint = command(*words(tiny, tmp_path / "out", f"beside={offline}"), "--server", url)
+        before = {path: path.read_bytes() for path in offline.iterdir() if path.is_file()}
+        code, said, complaint = command(*words(tiny, offline, f"beside={offline}"), "--server", url)
+        assert {path: path.read_bytes() for path in before} == before and (offline / "served.json").exists()
         assert code == 0, complaint
         lines = [line for line in said.splitlines() if line.startswith("| chat")]
         assert len(lines) == 2 and "served" in lines[0]
@@ -148,3 +156,38 @@ def test_what_is_no_drafting_server_is_refused(tiny, refused, tmp_path):
         assert "answers 500: no room" in refused(*out, "--server", url)
     with serving(shrink=True) as (url, _, _):
         assert "went back" in refused(*out, "--server", url)
+
+
+METRIC = "vllm:spec_decode_num_drafts_total"
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ({"/v1/models": '{"data": []}'}, "/v1/models: no model is listed"),
+        ({"/v1/models": "[]"}, "/v1/models: no model is listed"),
+        ({"/v1/models": "<html>"}, "/v1/models: answers no JSON: '<html>'"),
+        ({"/v1/completions": "[]"}, "/v1/completions: an answer without usage.completion_tokens"),
+        ({"/v1/completions": '{"usage": null}'}, "/v1/completions: an answer without usage.completion_tokens"),
+        ({"/v1/completions": "<html>"}, "/v1/completions: answers no JSON"),
+        ({"/metrics": f"{METRIC} abc"}, "/metrics: a counter vllm:spec_decode_num_* cannot be read"),
+        ({"/metrics": f"{METRIC} NaN"}, "NaN is no count"),
+        ({"/metrics": f"{METRIC} {{}}"}, "its counters do not stand still for 1 s"),
+    ],
+)
+def test_a_server_that_says_something_else_is_refused(tiny, refused, tmp_path, monkeypatch, said, complaint):
+    monkeypatch.setattr("dist_train.evaluate.served._SECONDS_TO_REST", 1)
+    with serving(said=said) as (url, _, _):
+        assert complaint in refused(*words(tiny, tmp_path / "out"), "--server", url)
+
+
+def test_what_cannot_go_well_is_refused_before_the_server_is_asked(tiny, refused, tmp_path):
+    (tmp_path / "file").touch()
+    with serving() as (url, requests, _):
+        for out in (tmp_path / "file", "/proc/nowhere"):
+            assert f"{out}: cannot be made" in refused(*words(tiny, out), "--server", url)
+        assert not requests
+    for address in ("http://127.0.0.1:port", "http://127.0.0.1:99999"):
+        assert "does not answer" in refused(*words(tiny, tmp_path / "out"), "--server", address)
+    assert "--server: needs the address" in refused(*words(tiny, tmp_path / "out"), "--server", "")
+    assert "--compare and --server: one at a time" in refused("evaluate", "--server", "", "--compare", "a", "b")

@@ -100,6 +100,10 @@ def test_an_evaluation_goes_on_with_missing_units(tiny, command, refused, tmp_pa
     assert command(*words(-1))[0] == 0
     assert units[0].stat().st_mtime_ns == untouched
     assert figures() == before and before["a", "base"] != before["a", "itself"]
+    units[2].write_bytes(units[2].read_bytes()[:-9])
+    assert f"{units[2]}: torn or changed; remove it" in refused(*words(1))
+    units[2].unlink()
+    assert command(*words(1))[0] == 0 and figures() == before
     assert "holds work begun with another seed" in refused(*words(1, "seed=1"))
     shutil.copytree(tiny.target, drafter, dirs_exist_ok=True)
     assert "begun with another drafter base;" in refused(*words(1))
@@ -108,6 +112,20 @@ def test_an_evaluation_goes_on_with_missing_units(tiny, command, refused, tmp_pa
     model.lm_head.weight.data *= 2
     model.save_pretrained(target)
     assert "begun with another drafter itself, target;" in refused(*words(1))
+
+
+@pytest.mark.parametrize("which", ["drafter", "target"])
+@pytest.mark.parametrize("temperature", [0, 0.6])
+def test_a_model_that_gives_nan_is_named(tiny, refused, tmp_path, which, temperature):
+    broken = AutoModelForCausalLM.from_pretrained(getattr(tiny, which))
+    broken.lm_head.weight.data[7] = float("nan")
+    broken.save_pretrained(tmp_path / which)
+    models = {"target": tiny.target, "drafter": tiny.drafter, which: tmp_path / which}
+    told = refused(
+        *evaluation(tiny, tmp_path / "out", f"target.path={models['target']}", f"drafters={{a: {models['drafter']}}}"),
+        *(f"tokenizer={tiny.tokenizer}", f"temperatures=[{temperature}]", "tasks.0.limit=2"),
+    )
+    assert f"{tmp_path / which}: gives NaN" in told
 
 
 def generation(tiny, out, *more):

@@ -67,6 +67,9 @@ def test_another_file_is_refused_by_its_fields(tmp_path, tokenizer):
         read_task(TaskSection(preset="cnn_dailymail", inputs=str(file)), tokenizer)
     with pytest.raises(UserError, match=r"fields are text"):
         read_task(TaskSection(name="mine", template="{turns[0]}", inputs=str(file)), tokenizer)
+    for template in ("{", "{text:d}", "{text!z}"):
+        with pytest.raises(UserError, match="a brace that is meant as such is doubled"):
+            read_task(TaskSection(name="mine", template=template, inputs=str(file)), tokenizer)
     found = read_task(TaskSection(name="mine", template="Say {text}", inputs=str(file)), tokenizer)
     assert found[0][0]["content"] == "Say a"
 
