@@ -77,15 +77,45 @@ def test_an_empty_corpus_is_refused_by_name(cli, tmp_path):
     assert done.stderr == f"dist-train demo: --corpus {tmp_path / 'empty.jsonl'}: the file is empty\n"
 
 
-def test_overrides_may_stand_after_options(cli, tiny, tmp_path):
-    done = cli("prepare", "inputs=a", "--dry-run", f"tokenizer={tiny.tokenizer}", "out=b")
-    assert f"tokenizer: {tiny.tokenizer}" in done.stdout
+def test_overrides_may_stand_after_options(command, tiny):
+    told = command("prepare", f"inputs={tiny.chat_lines}", "--dry-run", f"tokenizer={tiny.tokenizer}", "out=b")[1]
+    assert f"tokenizer: {tiny.tokenizer}" in told
 
 
-def test_dry_run_prints_the_resolved_configuration_which_reads_back(cli, tmp_path):
-    words = ["run.dir=x", "tokenizer=t", "data.sources=[{path: a}]", "train.steps=7"]
-    shown = cli("pretrain", *words, "--dry-run").stdout
+def test_dry_run_prints_the_resolved_configuration_which_reads_back(command, tiny, tmp_path):
+    words = [f"run.dir={tmp_path / 'run'}", f"tokenizer={tiny.tokenizer}", *tiny.data("corpus"), "train.steps=7"]
+    code, shown, _ = command("pretrain", *words, "--dry-run")
+    assert code == 0
     assert "steps: 7" in shown
     assert "learning_rate: 0.0003" in shown
     (tmp_path / "again.yaml").write_text(shown)
-    assert cli("pretrain", tmp_path / "again.yaml", "--dry-run").stdout == shown
+    assert command("pretrain", tmp_path / "again.yaml", "--dry-run")[1] == shown
+
+
+def test_dry_run_refuses_what_the_stage_would(refused, tiny, tmp_path):
+    target, out = f"target.path={tiny.target}", f"out={tmp_path / 'out'}"
+    for words, complaint in (
+        (["prepare", "inputs=/no", f"tokenizer={tiny.tokenizer}", out], "/no: no such input file"),
+        (["generate", target, "seeds.inputs=/no", out], "/no: no such input file"),
+        (["export", "drafter=/no", target, out], "/no: no run, checkpoint or Hugging Face model here"),
+        (["evaluate", target, "drafters={a: /no}", "tasks=[{name: a, inputs: /no}]", out], "/no: no run, checkpoint"),
+    ):
+        assert complaint in refused(*words, "--dry-run")
+
+
+def test_dry_run_of_generate_tells_the_memory(command, tiny, tmp_path):
+    """Llama 7B in bf16: 6,738,415,616 parameters are 12.55 GiB; a token leaves 2 x 32 layers x 4096 numbers."""
+    from transformers import LlamaConfig
+
+    from dist_train.tokenizer import load_tokenizer
+
+    LlamaConfig().save_pretrained(tmp_path)  # transformers' defaults
+    load_tokenizer(tiny.tokenizer).save(tmp_path)
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text('{"prompt": "hi"}\n')
+    asked = [f"target.path={tmp_path}", f"seeds.inputs={seeds}", f"out={tmp_path}", "batch_size=32", "--dry-run"]
+    told = command("generate", *asked, "max_new_tokens=1024")[1]
+    assert re.search(r"# weights +12\.55 GiB", told)
+    # 32 x 1024 tokens and the prompt's few: 16 GiB
+    assert 16 <= float(re.search(r"# key-value cache +(\S+) GiB", told)[1]) < 17
+    assert "the server's" in command("generate", *asked, "engine.kind=openai", "engine.url=http://x")[1]

@@ -112,7 +112,9 @@ def add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
         help="a configuration file, then overrides; overrides alone will do",
     )
     parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
-    parser.add_argument("--dry-run", action="store_true", help="print configuration, world and memory estimate; stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print configuration, world and memory estimate, check; stop"
+    )
     for flag, (override, text) in stage.flags.items():
         if "{}" in override:
             parser.add_argument(flag, dest="flags", action="append", type=override.format, metavar="TARGET", help=text)
@@ -192,6 +194,7 @@ def _run_stage(options: argparse.Namespace) -> int:
         world_size = options.nproc or find_world().size
         print(dump_config(config), end="")
         print(f"# world: {world_size} process(es)")
+        module.check(config)
         if hasattr(module, "memory_report"):
             print(module.memory_report(config, world_size))
         return 0

@@ -25,7 +25,7 @@ def load_config(kind: type[ConfigType], path: Path | None, overrides: Sequence[s
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        tree = _read_yaml(path)
+        tree = read_yaml(path)
     for override in overrides:
         _apply(tree, override)
     return read_tree(kind, tree, str(path) if path else "arguments")
@@ -61,7 +61,8 @@ def describe(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, 
             yield key, default.removesuffix("...\n").strip().replace("\n", " "), field.description or ""
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a file. Raises UserError where there is none."""
     try:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:

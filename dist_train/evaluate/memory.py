@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from dist_train.config import EvaluateConfig
@@ -24,17 +25,22 @@ def memory_report(config: EvaluateConfig, _world_size: int) -> str:
     drafters: list[Any] = [read_drafter_config(path) for path in config.drafters.values()]
     room = config.batch_size * (tokens + gamma + 2)
     estimate = {
-        "weights": width * sum(map(_parameters, [target, *drafters])),
-        "key-value caches": width * room * (_cached(target) + max(map(_cached, drafters))),
+        "weights": width * sum(map(parameters, [target, *drafters])),
+        "key-value caches": width * room * (cached(target) + max(map(cached, drafters))),
         # fp32: the target's logits and probabilities of a block, the drafts' probabilities.
         "logits": 4 * config.batch_size * (3 * gamma + 2) * target.vocab_size,
     }
+    return render(estimate)
+
+
+def render(estimate: Mapping[str, int]) -> str:
+    """Bytes a rank of each kind, as YAML comments."""
     lines = [f"# {kind:<18} {size / _GIB:8.2f} GiB" for kind, size in estimate.items()]
     total = sum(estimate.values()) / _GIB
     return "\n".join([f"# memory a rank: {total:.2f} GiB and activations", *lines])
 
 
-def _parameters(config: Any) -> int:
+def parameters(config: Any) -> int:
     """Of a causal language model of this configuration, made without storage."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -43,7 +49,7 @@ def _parameters(config: Any) -> int:
         return AutoModelForCausalLM.from_config(config).num_parameters()
 
 
-def _cached(config: Any) -> int:
+def cached(config: Any) -> int:
     """Numbers that a token leaves in the caches of all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

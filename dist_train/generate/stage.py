@@ -17,6 +17,7 @@ from dist_train.config import GenerateConfig, save_config
 from dist_train.errors import UserError
 from dist_train.generate.answers import write_answers
 from dist_train.generate.asks import Ask, Engine, Sampling
+from dist_train.generate.memory import memory_report
 from dist_train.generate.page import write_page
 from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
@@ -25,6 +26,8 @@ from dist_train.runtime import Runtime, started
 from dist_train.target import load_decoder, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import COMPLETE, Units, unit_seed
+
+__all__ = ["STATISTICS", "Condition", "Generation", "Work", "check", "memory_report", "run"]
 
 STATISTICS = "_statistics.json"
 

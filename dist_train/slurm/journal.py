@@ -66,15 +66,17 @@ def note(folder: Path, job: str, event: str, **what: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of every job of a folder, jobs in the order of their first lines; torn lines are passed over."""
+    """The lines of every job of a folder, jobs in the order of their first lines; torn and strange ones left out."""
     jobs = {}
     for path in folder.glob(f"{PREFIX}*.jsonl"):
         lines = []
         for line in path.read_text().splitlines():
             try:
-                lines.append(json.loads(line))
+                event = json.loads(line)
             except ValueError:
                 continue
+            if isinstance(event, dict) and {"event", "time"} <= event.keys():
+                lines.append(event)
         if lines:
             jobs[path.stem.removeprefix(PREFIX)] = lines
     return dict(sorted(jobs.items(), key=lambda entry: entry[1][0]["time"]))

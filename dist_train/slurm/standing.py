@@ -15,6 +15,7 @@ TRAINING = ("pretrain", "distill")
 _UNITS = {"prepare": "shard", "generate": "batch", "evaluate": "batch"}
 _PIECES = {"prepare": "shard-*.json", "generate": "unit-*.parquet", "evaluate": "units/unit-*.json"}
 _LAST = {"prepare": INDEX, "generate": "_complete.json", "evaluate": "units/_complete.json"}  # each written last
+STAGES = (*TRAINING, *_UNITS)
 
 
 @dataclass(frozen=True)

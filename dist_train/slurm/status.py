@@ -10,12 +10,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dist_train.config.read import read_yaml
 from dist_train.errors import UserError
 from dist_train.run_folder import read_metrics
 from dist_train.slurm import journal
-from dist_train.slurm.standing import TRAINING, Standing, standing
+from dist_train.slurm.standing import STAGES, TRAINING, Standing, standing
 
 _WINDOW = 100  # steps that the pace is taken from
 
@@ -37,7 +36,7 @@ def status(folder: Path) -> list[str]:
 
 def _stage(folder: Path, jobs: dict[str, list[dict[str, Any]]]) -> str | None:
     """What the newest job was, or what the files look like."""
-    told = [line["stage"] for lines in jobs.values() for line in lines if "stage" in line]
+    told = [line["stage"] for lines in jobs.values() for line in lines if line.get("stage") in STAGES]
     if told:
         return str(told[-1])
     if (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
@@ -50,12 +49,13 @@ def _stage(folder: Path, jobs: dict[str, list[dict[str, Any]]]) -> str | None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.yaml"
-    return (yaml.safe_load(path.read_text()) or {}) if path.exists() else {}
+    return read_yaml(path) if path.exists() else {}
 
 
 def _steps(folder: Path) -> int | None:
-    steps = _read_config(folder).get("train", {}).get("steps")
-    return int(steps) if steps else None
+    train = _read_config(folder).get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
+    return steps if isinstance(steps, int) else None
 
 
 def _training(folder: Path, stage: str, now: Standing) -> list[str]:

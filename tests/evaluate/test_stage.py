@@ -71,11 +71,11 @@ def test_dry_run_estimates_memory(tiny, command, tmp_path):
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (tiny.target, tiny.drafter, tiny.target)]
     expected = sum(4 * model.num_parameters() for model in models) / 2**30
     assert f"weights            {expected:8.2f} GiB" in said
-    from dist_train.evaluate.memory import _cached, _parameters
+    from dist_train.evaluate.memory import cached, parameters
 
-    assert _parameters(models[0].config) == models[0].num_parameters()
+    assert parameters(models[0].config) == models[0].num_parameters()
     seen = models[0](torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
-    assert 3 * _cached(models[0].config) == sum(layer.keys.numel() + layer.values.numel() for layer in seen.layers)
+    assert 3 * cached(models[0].config) == sum(layer.keys.numel() + layer.values.numel() for layer in seen.layers)
 
 
 def test_an_evaluation_goes_on_with_missing_units(tiny, command, refused, tmp_path):

@@ -89,7 +89,8 @@ def test_requeues_are_bounded_also_with_progress(tmp_path):
     assert said.code == journal.STOP and "5 requeues" in said.said
 
 
-def test_a_torn_line_of_a_journal_is_passed_over(tmp_path):
+def test_torn_and_strange_lines_of_a_journal_are_passed_over(tmp_path):
+    (tmp_path / "_slurm-12.jsonl").write_text('{"event": "start"}\n[1]\n')
     journal.note(tmp_path, "12", "submitted", stage="pretrain")
     with (tmp_path / "_slurm-12.jsonl").open("a") as file:
         file.write('{"event": "sta')
@@ -145,6 +146,23 @@ def test_time_left_is_of_the_pace_and_not_of_the_queue(tmp_path):
     assert first == "distill: step 100 of 400 (25%), 800 tokens, loss 3.0000, acceptance 0.5000"
     assert committed == "  committed: 0 of 400 steps"
     assert left.startswith("  2 min left at 0.5 s a step")
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ("train: [", "config.yaml: not YAML: "),
+        ("- a", "config.yaml: a configuration is a mapping of keys"),
+        ("train: 3", "pretrain: no step yet"),
+        ("train: {steps: many}", "pretrain: no step yet"),
+    ],
+)
+def test_a_strange_configuration_is_no_traceback(command, tmp_path, written, told):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.yaml").write_text(written)
+    journal.note(tmp_path, "7", "submitted", stage="nonsense")
+    code, shown, complaint = command("status", tmp_path)
+    assert told in (complaint if code else shown)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,31 @@
+"""What answering needs on each rank, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dist_train.config import GenerateConfig
+from dist_train.evaluate.memory import cached, parameters, render
+from dist_train.prompts import encode_seeds, read_all_seeds
+from dist_train.target import DTYPES, read_target_config
+from dist_train.tokenizer import load_tokenizer
+
+
+def memory_report(config: GenerateConfig, _world_size: int) -> str:
+    """GiB a rank, each of which holds the whole target: weights, key-value cache of a batch, logits of its last tokens.
+
+    Activations and what the libraries take for themselves come on top.
+    """
+    if config.engine.kind == "openai":
+        return "# memory: the server's; no model is loaded here"
+    tokenizer = load_tokenizer(config.tokenizer or config.target.path)
+    prompts = encode_seeds(read_all_seeds([config.seeds, *config.more_seeds], tokenizer), tokenizer)
+    target: Any = read_target_config(config.target)
+    width, tokens = DTYPES[config.target.precision].itemsize, max(map(len, prompts)) + config.max_new_tokens
+    estimate = {
+        "weights": width * parameters(target),
+        "key-value cache": width * config.batch_size * tokens * cached(target),
+        "logits": 4 * config.batch_size * target.vocab_size,
+    }
+    more = "\n# continuous batching: its cache takes what is free" if config.engine.batching == "continuous" else ""
+    return render(estimate) + more
