@@ -44,7 +44,8 @@ def submitted(slurm, tiny, tmp_path, *options, seconds, steps=STEPS, more=()):
 def test_the_time_limit_is_survived(slurm, tiny, tmp_path, undisturbed):
     """SLURM's own limit of a minute, and its notice before."""
     options = ("--time=1", "--signal=B:USR1@10")
-    job, log, run = submitted(slurm, tiny, tmp_path, *options, seconds=0.45, more=["export DIST_TRAIN_NOTICE=10"])
+    slow = "0.45 if os.environ.get('SLURM_RESTART_COUNT', '0') == '0' else 0"  # the first start meets the limit
+    job, log, run = submitted(slurm, tiny, tmp_path, *options, seconds=slow, more=["export DIST_TRAIN_NOTICE=10"])
     known = slurm.wait(job, log)
     said = log.read_text()
     assert known["JobState"] == "COMPLETED" and int(known["Restarts"]) >= 1, said
