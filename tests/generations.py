@@ -42,15 +42,15 @@ class FakeServer(ThreadingHTTPServer):
     """An OpenAI-compatible server whose answer to a request is a function of its prompt, seed and temperature.
 
     `faults`: share of requests that fail, in every way that a server and a network have. `style`: vllm returns token
-    ids; bare takes only OpenAI's own fields, and tells texts.
+    ids; bare takes only OpenAI's own fields, and tells texts. `choice`: what it says instead of its answer.
     """
 
     daemon_threads = True
 
-    def __init__(self, tokenizer, faults=0.0, style="vllm", model="tiny", shift=0, text=None):
+    def __init__(self, tokenizer, faults=0.0, style="vllm", model="tiny", shift=0, text=None, choice=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokenizer, self.faults, self.style, self.model, self.shift = tokenizer, faults, style, model, shift
-        self.text = text
+        self.text, self.choice = text, choice or {}
         self.drawn, self.lock = random.Random(5), threading.Lock()
         self.answered, self.failed = Counter(), Counter()
         self.under_way = self.most_under_way = 0
@@ -107,7 +107,7 @@ class Handler(BaseHTTPRequestHandler):
             told = {"token_ids": [i + server.shift for i in found], "prompt_token_ids": ids}
             choice = {"text": text, "finish_reason": reason, **told}
         time.sleep(0.005)
-        answer = {"choices": [{"index": 0, **choice}]}
+        answer = {"choices": [{"index": 0, **choice, **server.choice}]}
         if fault == "drop after":
             return self.drop()
         return self.reply(200, answer, cut=fault == "cut", garbled=fault == "garbled")

@@ -20,9 +20,14 @@ def suggest(word: str, known: Sequence[str], prefix: str = "") -> str:
 
 
 class Section(BaseModel):
-    """Base of every node of the tree: unknown keys are errors, docstrings under fields are their descriptions."""
+    """Base of every node of the tree: unknown keys are errors, docstrings under fields are their descriptions.
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    Numbers are finite: infinity is no temperature, and no JSON file holds it.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class TargetSection(Section):

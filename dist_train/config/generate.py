@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -44,6 +45,10 @@ class EngineSection(Section):
     def _server_has_address(self) -> EngineSection:
         if self.kind == "openai" and not self.url.startswith(("http://", "https://")):
             raise ValueError("kind openai needs url, such as http://127.0.0.1:8000/v1")
+        try:
+            _ = urlsplit(self.url).port
+        except ValueError as error:
+            raise ValueError(f"url {self.url}: {error}") from error
         return self
 
 

@@ -21,6 +21,7 @@ from dist_train.tokenizer import Tokenizer
 
 _OTHER_TOKENIZER_SHARE = 0.5  # of answers whose text is not what their ids spell, above which it is another tokenizer
 _FEWEST_COMPARED = 8
+_LONGER_AGAIN = 4  # a sampled half of a character is told as one of three bytes, each a token when it is encoded again
 
 
 class Dialect(NamedTuple):
@@ -92,7 +93,7 @@ class ServerEngine:
             reply = self._post(dialect, ask, sampling)
         except RefusedError as refusal:
             raise UserError(self._complaint(refusal)) from refusal
-        return self._read(dialect, ask, reply)
+        return self._read(dialect, ask, reply, sampling.max_new_tokens)
 
     def _find_dialect(self, ask: Ask, sampling: Sampling) -> Dialect:
         """The first in which one token is not refused."""
@@ -129,21 +130,32 @@ class ServerEngine:
             body["generation_config"] = json.dumps({**config, "max_new_tokens": sampling.max_new_tokens})
         return {**body, **({"prompt": ask.ids} if dialect.takes_ids else {"messages": ask.messages})}
 
-    def _read(self, dialect: Dialect, ask: Ask, reply: dict[str, Any]) -> Answer:
+    def _read(self, dialect: Dialect, ask: Ask, reply: dict[str, Any], longest: int) -> Answer:
         try:
             choice = reply["choices"][0]
             text = choice["text"] if dialect.takes_ids else choice["message"]["content"] or ""
             reason = str(choice["finish_reason"])
-        except (KeyError, IndexError, TypeError) as error:
+            ids = choice.get("token_ids")
+            told = [] if ids is None else ids
+            if not isinstance(told, list) or any(type(i) is not int for i in told):
+                raise TypeError("token_ids are no integers")
+            text.encode()
+        except (KeyError, IndexError, TypeError, AttributeError, UnicodeEncodeError) as error:
             raise UserError(f"{self._client.url}: not an answer of OpenAI's protocol: {str(reply)[:200]}") from error
-        ids = choice.get("token_ids")
         if ids is None:
-            return self._encoded(text, reason)
-        sent = choice.get("prompt_token_ids") or reply.get("prompt_token_ids")
-        if sent is not None and dialect.takes_ids and list(sent) != ask.ids:
-            raise UserError(f"{self._client.url}: the server answered another prompt than it was given")
-        self._check_vocabulary(ids, text if dialect.takes_ids else "")  # a chat may be told without its reasoning
-        return Answer(self._ended(ids, reason), reason)
+            answer = self._encoded(text, reason)
+            count, most = len(answer.ids), _LONGER_AGAIN * longest + 1  # the end of the sequence
+        else:
+            sent = choice.get("prompt_token_ids") or reply.get("prompt_token_ids")
+            if sent is not None and dialect.takes_ids and sent != ask.ids:
+                raise UserError(f"{self._client.url}: the server answered another prompt than it was given")
+            self._check_vocabulary(ids, text if dialect.takes_ids else "")  # a chat may be told without its reasoning
+            answer, count, most = Answer(self._ended(ids, reason), reason), len(ids), longest
+        if count > most:
+            raise UserError(
+                f"{self._client.url}: asked for at most {longest} tokens, the server answered {count}: {text[:100]!r}"
+            )
+        return answer
 
     def _encoded(self, text: str, reason: str) -> Answer:
         text = text.removeprefix(" ") if self._adds_space else text
@@ -157,9 +169,9 @@ class ServerEngine:
 
     def _check_vocabulary(self, ids: Sequence[int], text: str) -> None:
         """Raise UserError when ids are not the target's, or spell other texts here than there."""
-        if ids and max(ids) >= self._vocab_size:
+        if strange := [i for i in ids if not 0 <= i < self._vocab_size]:
             raise UserError(
-                f"{self._client.url}: token id {max(ids)} is not in the target's vocabulary of {self._vocab_size}; "
+                f"{self._client.url}: token id {strange[0]} is not in the target's vocabulary of {self._vocab_size}; "
                 f"does it serve {self._model}?"
             )
         if text.strip():

@@ -69,13 +69,28 @@ def test_a_server_that_tells_no_ids(tiny, here, fake_server, tmp_path):
         ({}, ["engine.model=gpt"], "refused for model 'gpt' with 404: The model `gpt` does not exist.; it has tiny"),
         ({"shift": 400}, [], "is not in the target's vocabulary of 320"),
         ({"text": "quite another text"}, ["batch_size=8"], "the server has another tokenizer"),
+        *(
+            ({"choice": choice}, [], f"not an answer of OpenAI's protocol: {{'choices': [{{'index': 0, 'text': {said}")
+            for choice, said in (
+                ({"text": None}, "None"),
+                ({"text": 5}, "5"),
+                ({"text": "a\ud800"}, r"'a\ud800'"),
+                ({"text": "a", "token_ids": ["5", "6"]}, "'a'"),
+                ({"text": "a", "token_ids": [5.5]}, "'a'"),
+                ({"text": "a", "token_ids": 7}, "'a'"),
+            )
+        ),
+        ({"choice": {"token_ids": [-5, 6]}}, [], "token id -5 is not in the target's vocabulary of 320"),
+        ({"choice": {"text": "", "token_ids": [5] * 25}}, [], "asked for at most 24 tokens, the server answered 25"),
+        ({"choice": {"token_ids": None, "text": "the model " * 200}}, [], "asked for at most 24 tokens, the server"),
         ({"faults": 1.0}, ["engine.patience=1"], "gave up after"),
         (None, ["engine.patience=1"], "http://127.0.0.1:9/v1: gave up after"),
     ],
 )
-def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, cli, fake_server, tmp_path, server, options, message):
+def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, here, fake_server, tmp_path, server, options, message):
     url = "http://127.0.0.1:9/v1" if server is None else fake_server(**server).url
-    complaint = cli(*asking(tiny, tmp_path / "out", url, *options), expect=2).stderr
+    code, _, complaint = here(*asking(tiny, tmp_path / "out", url, *options))
+    assert code == 2
     assert message in complaint and complaint.count("\n") == 1, complaint
     assert not files(tmp_path / "out")
 
@@ -83,6 +98,8 @@ def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, cli, fake_server
 def test_mistakes_in_the_configuration(tiny, refused, other_tokenizer, tmp_path):
     for options, message in (
         (["engine.kind=openai"], "kind openai needs url"),
+        (["engine.kind=openai", "engine.url=http://node7:80a/v1"], "url http://node7:80a/v1: Port could not be"),
+        (["temperatures=[0, .inf]"], "temperatures.1"),
         (["seeds.dataset={path: x}"], "seeds: inputs is required, or dataset, and not both"),
         (["seeds.prompt_field=question"], "no prompt in 'question'"),
         (["seeds.format=dolly"], "'instruction' and 'context'"),
