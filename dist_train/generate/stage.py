@@ -52,7 +52,8 @@ def check(config: GenerateConfig) -> None:
     tokenizer = load_tokenizer(config.tokenizer or config.target.path)
     if read_target_config(config.target).vocab_size < tokenizer.vocab_size:
         check_vocabulary(config.target, tokenizer.vocab_size, tokenizer.source)
-    read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
+    seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
+    _check_room(config, read_target_config(config.target), encode_seeds(seeds, tokenizer))
 
 
 def run(config: GenerateConfig) -> None:
