@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,11 +16,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from dist_train.config import GenerateConfig
 from dist_train.doctor import inputs, judge
 from dist_train.doctor.examine import rounds
 from dist_train.doctor.findings import Finding, render
 from dist_train.doctor.judge import Disk, Place
 from dist_train.doctor.measure import gpu_faults, xid_faults
+from dist_train.generate import stage
 
 # -- judgement --------------------------------------------------------------------------------------------------
 
@@ -313,6 +317,19 @@ def test_inputs_that_are_wrong_are_lines_with_a_mend(tiny, cli, tmp_path):
     ((verdict, text),) = [row for (check, _), row in found.items() if check == "disk"]
     assert verdict == "FAIL" and "choose another folder" in text
     assert not done.stderr
+
+
+def test_what_generate_would_refuse_is_found_before(tiny, tmp_path):
+    """Weights that were cut off, and prompts for which the target has no positions."""
+    target, seeds = tmp_path / "target", tmp_path / "seeds.jsonl"
+    shutil.copytree(tiny.target, target)
+    (target / "model.safetensors").write_bytes((target / "model.safetensors").read_bytes()[:-100])
+    seeds.write_text(json.dumps({"prompt": "token " * 400}))
+    tree = {"target": {"path": str(target)}, "seeds": {"inputs": str(seeds)}, "out": str(tmp_path / "out")}
+    found = inputs.input_findings(stage, GenerateConfig.model_validate(tree), "n1")
+    wrong = {finding.check: finding.text for finding in found if finding.verdict == "FAIL"}
+    assert wrong.keys() == {"target", "stage"}
+    assert "model.safetensors: " in wrong["target"] and "has 256 positions" in wrong["stage"]
 
 
 def test_ranks_that_do_not_come_are_named_in_bounded_time(tmp_path):

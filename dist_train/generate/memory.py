@@ -7,8 +7,7 @@ from typing import Any
 from dist_train.config import GenerateConfig
 from dist_train.evaluate.memory import cached, parameters, render
 from dist_train.prompts import encode_seeds, read_all_seeds
-from dist_train.target import DTYPES, read_target_config
-from dist_train.tokenizer import load_tokenizer
+from dist_train.target import DTYPES, load_target_tokenizer, read_target_config
 
 
 def memory_report(config: GenerateConfig, _world_size: int) -> str:
@@ -18,7 +17,7 @@ def memory_report(config: GenerateConfig, _world_size: int) -> str:
     """
     if config.engine.kind == "openai":
         return "# memory: the server's; no model is loaded here"
-    tokenizer = load_tokenizer(config.tokenizer or config.target.path)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
     prompts = encode_seeds(read_all_seeds([config.seeds, *config.more_seeds], tokenizer), tokenizer)
     target: Any = read_target_config(config.target)
     width, tokens = DTYPES[config.target.precision].itemsize, max(map(len, prompts)) + config.max_new_tokens

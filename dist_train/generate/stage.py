@@ -50,7 +50,8 @@ class Work(NamedTuple):
 def check(config: GenerateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
     tokenizer = load_target_tokenizer(config.target, config.tokenizer)
-    read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
+    seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
+    _check_room(config, read_target_config(config.target), encode_seeds(seeds, tokenizer))
 
 
 def run(config: GenerateConfig) -> None:
