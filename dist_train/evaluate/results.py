@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
@@ -42,10 +41,10 @@ def make_folder(out: Path) -> None:
     """Make the folder of the results. Raises UserError where nothing can be written there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
+        (out / ".writable").touch()
+        (out / ".writable").unlink()
     except OSError as error:
-        raise UserError(f"{out}: cannot be made: {error.strerror}; choose another folder") from error
-    if not os.access(out, os.W_OK):
-        raise UserError(f"{out}: cannot be written; choose another folder")
+        raise UserError(f"{out}: cannot be written: {error.strerror}; choose another folder") from error
 
 
 def gather(

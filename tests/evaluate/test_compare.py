@@ -106,7 +106,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path, refused):
         assert word in refused("evaluate", "--compare", a, other)
     assert "no finished results" in refused("evaluate", "--compare", a, tmp_path)
     for out in (a / "results.json", "/proc/nowhere"):
-        assert f"{out}: cannot be made" in refused(
+        assert f"{out}: cannot be written" in refused(
             "evaluate", f"out={out}", "--compare", a, folder(tmp_path / Path(out).name, 0.0)
         )
     assert "one method alone" in refused("evaluate", "--compare", a)

@@ -184,8 +184,8 @@ def test_a_server_that_says_something_else_is_refused(tiny, refused, tmp_path, m
 def test_what_cannot_go_well_is_refused_before_the_server_is_asked(tiny, refused, tmp_path):
     (tmp_path / "file").touch()
     with serving() as (url, requests, _):
-        for out in (tmp_path / "file", "/proc/nowhere"):
-            assert f"{out}: cannot be made" in refused(*words(tiny, out), "--server", url)
+        for out in (tmp_path / "file", "/proc/nowhere", "/proc"):
+            assert f"{out}: cannot be written" in refused(*words(tiny, out), "--server", url)
         assert not requests
     for address in ("http://127.0.0.1:port", "http://127.0.0.1:99999"):
         assert "does not answer" in refused(*words(tiny, tmp_path / "out"), "--server", address)
