@@ -81,6 +81,10 @@ class Units:
 
     def conclude(self, facts: dict[str, Any]) -> None:
         """Mark the folder as whole, with what is to be known of it; the last thing that is written."""
+        for claim in self.folder.glob(
+            f"{PREFIX}*"
+        ):  # of one that was killed after its unit was written, before it let go
+            claim.unlink(missing_ok=True)
         write_json(self.folder / COMPLETE, {"units": self.count, **facts})
 
     def _work(
