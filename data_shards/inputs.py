@@ -19,7 +19,7 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_shards.errors import DataError
+from data_shards.errors import DataError, first_line
 from data_shards.faults import STRICT, Faults
 from data_shards.files import TEMPORARY
 
@@ -87,7 +87,7 @@ def dataset_files(path: str, name: str | None = None, split: str = "train", revi
     try:
         found = load_dataset_builder(path, name, revision=revision).config.data_files or {}
     except Exception as error:  # datasets raises what its many sources raise
-        raise DataError(f"dataset {path}: {str(error).splitlines()[0]}") from error
+        raise DataError(f"dataset {path}: {first_line(error)}") from error
     if split not in found:
         raise DataError(f"dataset {path}: no files for split {split!r}; it has {', '.join(found) or 'none'}")
     return list(map(str, found[split]))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.losses import Head
 from dist_train.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
@@ -90,7 +91,7 @@ def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     try:
         return from_pretrained_whole(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit
-        raise UserError(f"{folder}: no drafter can be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{folder}: no drafter can be loaded: {first_line(error)}") from error
 
 
 def read_drafter_config(path: Path) -> Any:
@@ -101,7 +102,7 @@ def read_drafter_config(path: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no drafter: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{folder}: no drafter: {first_line(error)}") from error
 
 
 def damaged_weights(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from data_shards.errors import first_line
 from data_shards.faults import STRICT
 from data_shards.inputs import find_files, place, plan_units, read_located
 from dist_train.config import SeedsSection, TaskSection
@@ -141,4 +142,4 @@ def _load_dataset(section: SeedsSection) -> Any:
     try:
         return datasets.load_dataset(wanted.path, wanted.name, split=wanted.split, revision=wanted.revision)
     except Exception as error:  # datasets raises what its many sources raise
-        raise UserError(f"dataset {wanted.path}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"dataset {wanted.path}: {first_line(error)}") from error

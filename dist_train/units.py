@@ -81,10 +81,8 @@ class Units:
 
     def conclude(self, facts: dict[str, Any]) -> None:
         """Mark the folder as whole, with what is to be known of it; the last thing that is written."""
-        for claim in self.folder.glob(
-            f"{PREFIX}*"
-        ):  # of one that was killed after its unit was written, before it let go
-            claim.unlink(missing_ok=True)
+        for claim in self.folder.glob(f"{PREFIX}*"):
+            claim.unlink(missing_ok=True)  # of a process that was killed when its unit was there, before it let go
         write_json(self.folder / COMPLETE, {"units": self.count, **facts})
 
     def _work(

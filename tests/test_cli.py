@@ -59,6 +59,7 @@ def test_importing_the_command_line_imports_no_torch(command):
         (["pretrain", "--nporc", "2"], "unknown arguments: --nporc"),
         (["pretrain", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
         (["pretrain", "--nproc", "0"], "it takes at least 1"),
+        (["export", "--nproc", "2", "drafter=x", "target.path=y", "out=z"], "--nproc 2: one process does this"),
         (["checkpoint", "ls", "/nowhere"], "/nowhere: no checkpoint here"),
         (["tokenizer", "check", "/nowhere", "/elsewhere"], "/nowhere: no such tokenizer"),
         (["tokenizer", "train", "/nowhere", "--out", "x"], "/nowhere: no such input file"),

@@ -25,7 +25,8 @@ class Stage:
 
     `run` returns nothing, or the exit code.
 
-    `flags`: option to the override that it stands for, and its help; `{}` in it is where the option's value goes.
+    `alone`: by one process. `flags`: option to the override that it stands for, and its help; `{}` in it is where the
+    option's value goes.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Stage:
     example: str
     mpi: bool = False
     trains: bool = False
+    alone: bool = False
     flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
@@ -97,6 +99,7 @@ STAGES = (
         "dist_train.export.stage",
         "ExportConfig",
         "dist-train export drafter=runs/tvdpp target.path=meta-llama/Llama-2-7b-chat-hf out=llama-2-7b-chat-drafter",
+        alone=True,
         flags=CHECK,
     ),
 )
@@ -157,7 +160,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     if options.server is not None:
         if not options.server:
             raise UserError("--server: needs the address of a server, such as http://node7:8000")
-        options.stage = replace(options.stage, module="dist_train.evaluate.served", config="ServedConfig")
+        options.stage = replace(options.stage, module="dist_train.evaluate.served", config="ServedConfig", alone=True)
         options.words.append(f"server={options.server}")
     return _run_stage(options)
 
@@ -199,6 +202,8 @@ def _run_stage(options: argparse.Namespace) -> int:
             print(module.memory_report(config, world_size))
         return 0
     if options.nproc and options.nproc > 1:
+        if stage.alone:
+            raise UserError(f"--nproc {options.nproc}: one process does this; leave it out")
         from dist_train.launch import launch, launch_mpi
 
         module.check(config)

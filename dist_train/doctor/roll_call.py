@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+from data_shards.errors import first_line
 from dist_train.runtime import World
 
 _MARGIN = 15.0  # seconds by which the others' patience exceeds that of rank 0, which tells them
@@ -134,4 +135,4 @@ def deadline(what: str, seconds: float, rank: int, mend: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200]
+    return first_line(error)[:200]

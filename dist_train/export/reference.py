@@ -6,6 +6,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+from data_shards.errors import first_line
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
 from dist_train.target import read_target_config
@@ -72,7 +73,7 @@ def served_chat_template(source: str, revision: str | None = None) -> str | None
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision).chat_template
     except Exception as error:  # what tokenizers raises for a torn file is no narrower
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{source}: transformers loads no tokenizer from it: {reason}") from error
 
 

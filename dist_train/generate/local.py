@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.generate.asks import Answer, Ask, Sampling
 from dist_train.units import unit_seed
@@ -81,7 +82,7 @@ class ContinuousBatches(_LocalEngine):
                 manager.stop(block=True)
                 manager.destroy()
         except (RuntimeError, ValueError, AttributeError, NotImplementedError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"continuous batching fails: {reason}; take engine.batching=static") from error
         if len(answers) < len(order):
             raise UserError("continuous batching ended before its answers; take engine.batching=static")

@@ -16,6 +16,7 @@ from unittest import mock
 
 import torch
 
+from data_shards.errors import first_line
 from dist_train.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def read_target_config(section: TargetSection) -> PretrainedConfig:
             section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"{section.path}: no target model: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{section.path}: no target model: {first_line(error)}") from error
     return config.get_text_config()
 
 
@@ -63,7 +64,7 @@ def load_causal_lm(section: TargetSection, **how: Any) -> Any:
             **how,
         )
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{section.path}: the target cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{section.path}: the target cannot be loaded: {first_line(error)}") from error
     except RuntimeError as error:
         if "mismatch" not in str(error):  # of shapes; else of a collective, or of memory
             raise

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
 
@@ -21,7 +22,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = first_line(error)
             raise UserError(f"{source}: no tokenizer can be loaded from it: {reason}") from error
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"{source}: its tokenizer has no end-of-sequence token; name one in tokenizer_config.json")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
 from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
@@ -40,7 +41,7 @@ def _download(hub_id: str) -> Path:
             snapshot_download(hub_id, allow_patterns=["tokenizer*", "special_tokens*", "chat_template*", "*.json"])
         )
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"{hub_id}: neither a file or folder nor a tokenizer on the hub: {reason}") from error
 
 
