@@ -7,9 +7,10 @@ that the two agree as often as a trained pair does (`noise`). At demo scale size
 target has 300M parameters and the drafter its embedding, head and first layer. Peers, in the same process, greedy, with
 the same gamma and the same prompts:
 
-- transformers' assisted generation, constant gamma, confidence threshold 0;
-- a loop as Spec-Bench's scripts have it: batch 1, key-value caches that are allocated once and cut back to what was
-  accepted, without anything around it.
+- transformers' assisted generation, constant gamma, confidence threshold 0, a prompt at a time: so also Spec-Bench,
+  whose script for drafters that are models of their own (evaluation/inference_sps.py) calls it for each question;
+- the leanest loop that we could write in that manner: batch 1, key-value caches that are allocated once and cut back to
+  what was accepted, as Spec-Bench's scripts for drafting heads have them, without anything around it.
 
 Each gets a turn in each round; figures are medians of rounds. Block efficiency must be the same for all: where float32
 rounds a tie another way, a text and its blocks differ, so it is compared to 1 %.
@@ -134,7 +135,7 @@ def assisted(drafter: Any, target: Any, prompts: Prompts, gamma: int, limit: int
 
 @torch.inference_mode()
 def one_by_one(drafter: Any, target: Any, prompts: Prompts, gamma: int, limit: int) -> Outcome:
-    """Spec-Bench's way: a loop at batch 1 over caches allocated once, whose length alone is set back."""
+    """A loop at batch 1 over caches allocated once, whose length alone is set back."""
     room = max(map(len, prompts)) + limit + gamma + 2
     caches: list[Any] = [StaticCache(model.config, max_cache_len=room) for model in (drafter, target)]
     tokens = calls = 0
@@ -169,7 +170,7 @@ def one_by_one(drafter: Any, target: Any, prompts: Prompts, gamma: int, limit: i
 WAYS: dict[str, Callable[[Any, Any, Prompts, int, int], Outcome]] = {
     "ours, batch 32": ours,
     "transformers' assisted generation": assisted,
-    "Spec-Bench-style loop": one_by_one,
+    "lean loop, one prompt at a time": one_by_one,
 }
 
 
