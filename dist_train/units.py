@@ -9,8 +9,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,18 +65,16 @@ class Units:
             queue = _Queue(self, claims)
             work = partial(self._work, queue, make, progress)
             try:
-                if workers == 1:
-                    work()
-                else:
-                    _in_threads(work, workers)
+                with _one_interrupt(queue.close):
+                    if workers == 1:
+                        work()
+                    else:
+                        _in_threads(work, workers)
             except (UserError, DataError) as error:
                 if self.runtime.world_size == 1:
                     raise
                 raise RankError(f"rank {self.runtime.rank}: {error}") from error
             except KeyboardInterrupt:
-                # No second one: --nproc passes on what its terminal sends to all, and claims are yet to be let go of.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                queue.close()
                 raise KeyboardInterrupt("the same command goes on with what is missing") from None
         self.runtime.barrier()
 
@@ -169,6 +168,35 @@ def refuse_partial(folder: Path) -> None:
             f"{folder}: its answers are not all there yet; start generate again to go on, or name the files "
             f"('{folder}/unit-*.parquet') to take what there is"
         )
+
+
+@contextmanager
+def _one_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Have Ctrl-C call `stop` and raise KeyboardInterrupt, once.
+
+    No second one: --nproc passes on what its terminal sends to all, and claims are yet to be let go of. Where the first
+    is lost, as within a callback of C++, `stop` ends the work and it is raised then.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    came = False
+
+    def interrupt(_number: int, _frame: object) -> None:
+        nonlocal came
+        came = True
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        stop()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if not came:
+            signal.signal(signal.SIGINT, before)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _in_threads(work: Callable[[], None], count: int) -> None:
