@@ -148,17 +148,6 @@ def answers(folder):
     return pa.concat_tables(pq.read_table(path) for path in sorted(folder.glob("unit-*.parquet"))).to_pylist()
 
 
-def test_answers_do_not_depend_on_ranks_or_on_a_kill(tiny, cli, command, tmp_path):
-    assert command(*generation(tiny, tmp_path / "1"))[0] == 0
-    cli(*generation(tiny, tmp_path / "2"), "--nproc", 2)
-    whole = answers(tmp_path / "1")
-    assert answers(tmp_path / "2") == whole
-    assert [(row["seed"], row["temperature"]) for row in whole] == [(i, t) for t in (0.0, 1.0) for i in range(10)]
-    sorted((tmp_path / "1").glob("unit-*.parquet"))[2].unlink()
-    assert command(*generation(tiny, tmp_path / "1"))[0] == 0
-    assert answers(tmp_path / "1") == whole
-
-
 def test_greedy_answers_are_the_targets_own_and_texts_are_their_ids(tiny, command, tmp_path):
     assert command(*generation(tiny, tmp_path / "out", "temperatures=[0]"))[0] == 0
     model = AutoModelForCausalLM.from_pretrained(tiny.target)
