@@ -53,16 +53,21 @@ def encode_seeds(seeds: Sequence[Sequence[Message]], tokenizer: Tokenizer) -> li
     return [tokenizer.encode_prompt(messages) for messages in seeds]
 
 
-def refuse_long(prompts: Sequence[Sequence[int]], more: int, source: str, model: Any, of: str) -> None:
+def refuse_long(
+    prompts: Sequence[Sequence[int]], more: int, source: str, model: Any, key: str, where: str = ""
+) -> None:
     """Raise UserError where a prompt and `more` tokens do not fit the positions of a model, given by its configuration.
 
-    `of`: the section that they are from.
+    `key`: what limits the prompts' tokens, and `where` it is to be set.
     """
     room, longest = getattr(model, "max_position_embeddings", None), max(map(len, prompts))
     if room is not None and longest + more > room:
+        mend = f"max_new_tokens below {room}, less what prompts take"
+        if room > more:
+            mend = f"{key}={room - more}{where}, or a smaller max_new_tokens"
         raise UserError(
             f"{source} has {room} positions; a prompt of {longest} tokens and {more} more after it do not fit; "
-            f"set max_tokens={max(room - more, 1)} in {of}, or a smaller max_new_tokens"
+            f"set {mend}"
         )
 
 

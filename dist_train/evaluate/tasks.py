@@ -84,7 +84,8 @@ def load_prompts(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prom
 def refuse_long_prompts(tasks: Mapping[str, Prompts], source: str, model: Any, gamma: int = 0) -> None:
     """Raise UserError where a prompt, its answer and the drafts beyond do not fit the positions of a model."""
     for name, prompts in tasks.items():
-        refuse_long(prompts.ids, prompts.sampling.max_new_tokens + gamma, source, model, f"task {name}")
+        more = prompts.sampling.max_new_tokens + gamma
+        refuse_long(prompts.ids, more, source, model, "max_tokens", f" in task {name}")
 
 
 def sampling(task: TaskSection, config: EvaluateConfig) -> Sampling:

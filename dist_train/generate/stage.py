@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ from dist_train.generate.memory import memory_report
 from dist_train.generate.page import write_page
 from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
-from dist_train.prompts import encode_seeds, read_all_seeds
+from dist_train.prompts import encode_seeds, read_all_seeds, refuse_long
 from dist_train.runtime import Runtime, started
 from dist_train.target import load_decoder, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.tokenizer import Tokenizer
@@ -51,7 +50,8 @@ def check(config: GenerateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
     tokenizer = load_target_tokenizer(config.target, config.tokenizer)
     seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
-    _check_room(config, read_target_config(config.target), encode_seeds(seeds, tokenizer))
+    prompts, target = encode_seeds(seeds, tokenizer), read_target_config(config.target)
+    refuse_long(prompts, config.max_new_tokens, config.target.path, target, "seeds.max_tokens")
 
 
 def run(config: GenerateConfig) -> None:
@@ -86,7 +86,6 @@ class Generation:
         self._batches = -(-len(self._seeds) // config.batch_size)
         self._stopwatch = Stopwatch(config.out)
         target = read_target_config(config.target)
-        _check_room(config, target, self._prompts)
         self._vocab_size = target.vocab_size
         engine = config.engine
         self.origin: dict[str, Any] = {
@@ -179,18 +178,6 @@ def _conditions(config: GenerateConfig) -> list[Condition]:
 def _request_seed(seed: int, number: int, condition: Condition) -> int:
     """Of one answer; below 2^31, which every server takes."""
     return unit_seed(seed, number, *condition) >> 32
-
-
-def _check_room(config: GenerateConfig, target: Any, prompts: Sequence[Sequence[int]]) -> None:
-    room = getattr(target, "max_position_embeddings", None)
-    longest = max(map(len, prompts))
-    if room is not None and longest + config.max_new_tokens > room:
-        left = room - config.max_new_tokens
-        raise UserError(
-            f"{config.target.path} has {room} positions; a prompt of {longest} tokens and max_new_tokens="
-            f"{config.max_new_tokens} need more; set "
-            + (f"seeds.max_tokens={left}" if left > 0 else f"max_new_tokens below {room}, less what prompts take")
-        )
 
 
 def _decoder(config: GenerateConfig, tokenizer: Tokenizer, model: Any) -> Engine:
