@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dist_train.errors import UserError
+from dist_train.kv_cache import as_argument
 
 
 class RowReader:
@@ -31,7 +32,7 @@ class RowReader:
         self._by_layer = "sliding_attention" in (getattr(config, "layer_types", None) or ())
         self._place = _Place(rows, slots)
         self._layers = [_RowLayer(self._place) for _ in range(config.num_hidden_layers)]
-        self._cache = Cache(layers=list(self._layers))
+        self._cache = as_argument(Cache(layers=list(self._layers)), model)
         self._is_nan = torch.zeros((), dtype=torch.bool, device=model.device)
 
     def prefill(self, rows: Tensor, tokens: Tensor) -> None:
@@ -72,9 +73,9 @@ class RowReader:
             input_ids=tokens,
             position_ids=positions,
             attention_mask=self._mask(positions, width),
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=keep,
+            **self._cache,
         ).logits
 
     def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from dist_train.config import OnPolicySection
 from dist_train.drafter import TrainableDrafter
+from dist_train.kv_cache import as_argument
 from dist_train.losses import Head
 from dist_train.train.batch import DeviceBatch
 from dist_train.units import unit_seed
@@ -40,7 +42,7 @@ class OnPolicy:
         chosen = (torch.rand(len(ids), generator=random) < self.section.share).to(ids.device)
         documents = (batch.positions == 0).cumsum(1)
         decoder = drafter.model.get_decoder()
-        memory = None
+        memory = as_argument(DynamicCache(config=decoder.config), decoder)
         with drafter.evaluating():
             for t in range(ids.shape[1]):
                 visible = (documents[:, : t + 1] == documents[:, t : t + 1])[:, None, None]  # [B, 1, 1, t + 1]
@@ -48,10 +50,9 @@ class OnPolicy:
                     input_ids=ids[:, t : t + 1],
                     position_ids=batch.positions[:, t : t + 1],
                     attention_mask=visible,
-                    past_key_values=memory,
                     use_cache=True,
+                    **memory,
                 )
-                memory = states.past_key_values
                 drawn = drafter.model.get_output_embeddings()(states.last_hidden_state[:, -1], self._sampler(random))
                 written = torch.where(chosen & batch.mask[:, t], drawn, labels[:, t])
                 labels[:, t] = written

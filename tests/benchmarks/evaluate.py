@@ -30,6 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import logging
 
 from dist_train.evaluate.speculative import speculative_generate
+from dist_train.kv_cache import as_argument
 
 Prompts = list[list[int]]
 Outcome = tuple[int, int]  # tokens and calls of the target, without each text's last block, which the limit cuts
@@ -146,7 +147,7 @@ def one_by_one(drafter: Any, target: Any, prompts: Prompts, gamma: int, limit: i
             if layer.is_initialized:
                 layer.cumulative_length.fill_(start)
         positions = torch.arange(start, start + ids.shape[1])[None]
-        return model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        return model(input_ids=ids, position_ids=positions, use_cache=True, **as_argument(cache, model)).logits
 
     for prompt in prompts:
         text = torch.tensor([prompt])

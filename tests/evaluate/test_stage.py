@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import sentencepiece
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from data_shards import ShardedTokens
 from data_shards.files import read_json
@@ -73,9 +73,11 @@ def test_dry_run_estimates_memory(tiny, command, tmp_path):
     expected = sum(4 * model.num_parameters() for model in models) / 2**30
     assert f"weights            {expected:8.2f} GiB" in said
     from dist_train.evaluate.memory import cached, parameters
+    from dist_train.kv_cache import as_argument
 
     assert parameters(models[0].config) == models[0].num_parameters()
-    seen = models[0](torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
+    seen = DynamicCache(config=models[0].config)
+    models[0](torch.tensor([[1, 2, 3]]), use_cache=True, **as_argument(seen, models[0]))
     assert 3 * cached(models[0].config) == sum(layer.keys.numel() + layer.values.numel() for layer in seen.layers)
 
 
