@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
-from data_shards.inputs import Record
+from data_shards.faults import STRICT
+from data_shards.inputs import Record, find_files, place, plan_units, read_located
 from dist_train.config import SeedsSection
 from dist_train.errors import UserError
 from dist_train.tokenizer import Message
@@ -27,6 +29,13 @@ _ROLES = {
 }
 
 
+def placed_records(inputs: str | list[str]) -> Iterator[Placed]:
+    """The records of files, folders or globs in file order. Raises DataError naming file and line of a fault."""
+    for unit in plan_units(find_files(inputs)):
+        for where, record in read_located(unit, STRICT):
+            yield Placed(record, partial(place, unit, where))
+
+
 def conversations(records: Iterable[Placed], section: SeedsSection) -> Iterator[Conversation]:
     """The conversations in `records`, in their order. Raises UserError naming the place of a record that has none."""
     turns = section.turns or ("first" if section.format == "openassistant" else "last")
@@ -42,11 +51,11 @@ def conversations(records: Iterable[Placed], section: SeedsSection) -> Iterator[
                 f"its fields are {', '.join(record)}"
             )
         for message in messages:
-            _refuse_half_characters(message["content"], where)
+            refuse_half_characters(message["content"], where)
         yield from _cut(messages, turns)
 
 
-def _refuse_half_characters(text: str, where: Callable[[], str]) -> None:
+def refuse_half_characters(text: str, where: Callable[[], str]) -> None:
     """Half a surrogate pair, which JSON can hold, is no text that can be encoded."""
     try:
         text.encode()
@@ -140,18 +149,18 @@ def _messages(value: Any) -> Conversation | None:
 
 def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
     """Roots ("first"), every prompter's message with its path ("each"), or those that no prompter follows ("last")."""
-    messages: dict[str, Placed] = {}
+    messages: dict[Any, Placed] = {}  # ids are texts, or numbers, of which a parent's may have become a float
     for record, where in records:
         if not _is_of_tree(record):
             raise UserError(
                 f"{where()}: the record is no message of a tree (message_id, parent_id, text, role: prompter or "
                 f"assistant); its fields are {', '.join(record)}"
             )
-        _refuse_half_characters(record["text"], where)
+        refuse_half_characters(record["text"], where)
         messages[record["message_id"]] = Placed(record, where)
     prompts = [record for record, _ in messages.values() if _ROLES[record["role"]] == "user"]
     if turns == "first":
-        prompts = [record for record in prompts if not record["parent_id"]]
+        prompts = [record for record in prompts if _is_root(record)]
     elif turns == "last":
         followed = {_grandparent(record, messages) for record in prompts}
         prompts = [record for record in prompts if record["message_id"] not in followed]
@@ -162,23 +171,27 @@ def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
 
 
 def _is_of_tree(record: Record) -> bool:
-    texts = [record.get(name) for name in ("message_id", "text", "role")]
-    parent = record.get("parent_id", 0)
-    return all(isinstance(text, str) for text in texts) and texts[2] in _ROLES and isinstance(parent, str | None)
+    name, text, role = (record.get(key) for key in ("message_id", "text", "role"))
+    is_named = isinstance(name, str | int) and isinstance(record.get("parent_id", ...), str | int | float | None)
+    return is_named and isinstance(text, str) and isinstance(role, str) and role in _ROLES
 
 
-def _grandparent(record: Record, messages: dict[str, Placed]) -> str | None:
-    parent = messages.get(record["parent_id"] or "")
+def _is_root(record: Record) -> bool:
+    return record["parent_id"] in (None, "")
+
+
+def _grandparent(record: Record, messages: dict[Any, Placed]) -> Any:
+    parent = messages.get(record["parent_id"])
     return parent.record["parent_id"] if parent else None
 
 
-def _path(name: str, messages: dict[str, Placed]) -> Conversation:
+def _path(name: Any, messages: dict[Any, Placed]) -> Conversation:
     """From the root to a message; nothing where one between them is not there (deleted, or left out)."""
     path: Conversation = []
     while name in messages:
         record, where = messages[name]
         path.append({"role": _ROLES[record["role"]], "content": record["text"]})
-        if not record["parent_id"]:
+        if _is_root(record):
             return path[::-1]
         if len(path) > len(messages):
             raise UserError(f"{where()}: the message is its own ancestor, by parent_id; mend it, or take it out")

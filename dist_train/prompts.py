@@ -10,11 +10,9 @@ from itertools import islice
 from typing import Any
 
 from data_shards.errors import first_line
-from data_shards.faults import STRICT
-from data_shards.inputs import find_files, place, plan_units, read_located
 from dist_train.config import SeedsSection, TaskSection
 from dist_train.errors import UserError
-from dist_train.formats import Conversation, Placed, conversations
+from dist_train.formats import Conversation, Placed, conversations, placed_records
 from dist_train.tokenizer import Message, Tokenizer
 
 _SPLIT_KEY = b"dist-train held-out prompts"  # fixed for ever: another key would move prompts across
@@ -126,9 +124,7 @@ def _records(section: SeedsSection) -> Iterator[Placed]:
         rows = enumerate(_load_dataset(section), 1)
         placed = (Placed(record, partial("{}:{}".format, section.source, row)) for row, record in rows)
     else:
-        units = plan_units(find_files(section.inputs))
-        located = ((unit, *found) for unit in units for found in read_located(unit, STRICT))
-        placed = (Placed(record, partial(place, unit, where)) for unit, where, record in located)
+        placed = placed_records(section.inputs)
     for record, where in placed:
         for field in section.where:
             if field not in record:

@@ -144,6 +144,9 @@ def test_generation_is_bounded_by_the_slowest_of_three(llama_7b):
     assert plan["a token each"] == max(plan[name] for name in ("reading, a token each", "calculating", "launching"))
     assert plan["tokens"] == 1000 * 2 * 200
     assert plan["wall time"] == pytest.approx(1000 * 2 * 200 / (16 * 32 / plan["a token each"]))
+    more = GenerateConfig.model_validate({**wanted, "top_p": [0.9, 0.95], "samples": 3})
+    plan = plan_generation(more, Machine(GPUS["h100"], 16), assumed, 1000, 200)
+    assert plan["tokens"] == 1000 * (1 + 2 * 3) * 200  # greedy once, whatever top_p and samples
 
 
 @pytest.mark.parametrize("parameters", [1.1e9, 6.74e9, 69e9])

@@ -76,7 +76,7 @@ def _look_at_tokenizer(source: str, target: TargetSection | None) -> str:
     if target is None or source == target.path:
         return text
     try:
-        other = load_tokenizer(target.path)
+        other = load_tokenizer(target.path, target.revision)
     except UserError:
         return f"{text}; none beside the target to compare with"
     if unlike := differences(tokenizer, other, PROBES):

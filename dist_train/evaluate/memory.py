@@ -8,7 +8,7 @@ from typing import Any
 from dist_train.config import EvaluateConfig
 from dist_train.drafter import read_drafter_config
 from dist_train.evaluate.tasks import load_prompts
-from dist_train.target import load_target_tokenizer, read_target_config
+from dist_train.target import DTYPES, load_target_tokenizer, read_target_config
 
 _GIB = 2**30
 
@@ -20,7 +20,7 @@ def memory_report(config: EvaluateConfig, _world_size: int) -> str:
     """
     tasks = load_prompts(config, load_target_tokenizer(config.target, config.tokenizer)).values()
     tokens = max(max(map(len, task.ids)) + task.sampling.max_new_tokens for task in tasks)
-    gamma, width = max(config.gammas), 2 if config.target.precision == "bf16" else 4
+    gamma, width = max(config.gammas), DTYPES[config.target.precision].itemsize
     target: Any = read_target_config(config.target)
     drafters: list[Any] = [read_drafter_config(path) for path in config.drafters.values()]
     room = config.batch_size * (tokens + gamma + 2)

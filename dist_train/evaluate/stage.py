@@ -18,7 +18,8 @@ from dist_train.evaluate.results import Cell, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.progress import Progress
 from dist_train.runtime import Runtime, started
-from dist_train.target import DTYPES, load_decoder, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.target import DTYPES, end_ids, load_decoder, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.tokenizer import Tokenizer
 from dist_train.units import Units, unit_seed
 
 __all__ = ["check", "memory_report", "run"]
@@ -56,7 +57,7 @@ def run(config: EvaluateConfig) -> None:
             for cell in sorted(cells)  # the number of a unit says what is in it, in whatever order things are named
             for first in range(0, len(tasks[cell.task].ids), length)
         ]
-        models = _Models(config, runtime, tokenizer.eos_id)
+        models = _Models(config, runtime, tokenizer)
         units = Units(config.out / "units", _plan(config, tasks, models), len(works), ".json", runtime)
 
         def make(unit: int, path: Path) -> None:
@@ -99,8 +100,8 @@ def _cells(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> list[Cell]:
 class _Models:
     """Target and drafters, loaded when first used."""
 
-    def __init__(self, config: EvaluateConfig, runtime: Runtime, eos_id: int) -> None:
-        self.config, self.device, self._eos_id = config, runtime.device, eos_id
+    def __init__(self, config: EvaluateConfig, runtime: Runtime, tokenizer: Tokenizer) -> None:
+        self.config, self.device, self._tokenizer = config, runtime.device, tokenizer
         self._loaded: dict[str, Any] = {}
 
     @property
@@ -122,11 +123,6 @@ class _Models:
         names = list(self.config.drafters)
         return {"": self.target.num_parameters(), **{name: self.drafter(name).num_parameters() for name in names}}
 
-    def eos_ids(self) -> list[int]:
-        """The tokenizer's end of sequence, and what else ends an answer of the target."""
-        stops = self.target.generation_config.eos_token_id
-        return [self._eos_id, *(stops if isinstance(stops, list) else [] if stops is None else [stops])]
-
     def decode(self, cell: Cell, prompts: Prompts, chosen: range) -> dict[str, list[Any]]:
         """Tokens of each block, and of the text, for each of the chosen prompts."""
         from dist_train.evaluate.speculative import speculative_generate
@@ -139,7 +135,7 @@ class _Models:
             cell.temperature,
             prompts.sampling.top_p,
             max_new_tokens=prompts.sampling.max_new_tokens,
-            eos_ids=self.eos_ids(),
+            eos_ids=end_ids(self._tokenizer, self.target.generation_config),
             seed=unit_seed(self.config.seed, cell, chosen),
             draft_greedily=cell.drafting == "greedy",
             batch_size=self.config.batch_size,
@@ -159,7 +155,7 @@ class _Models:
             gamma,
             0.0,
             max_new_tokens=limit,
-            eos_ids=self.eos_ids(),
+            eos_ids=end_ids(self._tokenizer, self.target.generation_config),
             batch_size=self.config.token_rate.batch_size,
         )
         return (time.perf_counter() - began) / sum(map(len, found.tokens))

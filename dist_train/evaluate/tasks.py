@@ -9,13 +9,14 @@ instructions.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from data_shards.inputs import Record, dataset_files, find_files, plan_units, read_records
+from data_shards.inputs import Record, dataset_files
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
 from dist_train.errors import UserError
+from dist_train.formats import Placed, placed_records, refuse_half_characters
 from dist_train.prompts import because, encode_seeds, is_on_side, read_seeds, refuse_long
 from dist_train.tokenizer import Message, Tokenizer
 from dist_train.units import unit_seed
@@ -107,8 +108,9 @@ def read_task(task: TaskSection, tokenizer: Tokenizer) -> list[list[Message]]:
         same = {"inputs", "prompt_field", "split", "held_out", "max_tokens", "limit"}
         return read_seeds(SeedsSection(**task.model_dump(include=same)), tokenizer)
     found: dict[str, list[Message]] = {}
-    for path, record in _records(task):
-        prompt = _fill(template, record, path)
+    for record, where in _records(task):
+        prompt = _fill(template, record, where)
+        refuse_half_characters(prompt, where)
         messages: list[Message] = [{"role": "user", "content": prompt}]
         if prompt and is_on_side(messages, task) and _fits(messages, task, tokenizer):
             found[prompt] = messages
@@ -123,23 +125,21 @@ def _fits(messages: list[Message], task: TaskSection, tokenizer: Tokenizer) -> b
     return task.max_tokens is None or len(tokenizer.encode_prompt(messages)) <= task.max_tokens
 
 
-def _records(task: TaskSection) -> Iterator[tuple[str, Record]]:
+def _records(task: TaskSection) -> Iterator[Placed]:
     inputs = task.inputs
     if inputs is None:
         known = PRESETS[task.preset].hub if task.preset else None
         assert known is not None
         inputs = dataset_files(*known)
-    for unit in plan_units(find_files(inputs)):
-        for record in read_records(unit):
-            yield unit.path, record
+    return placed_records(inputs)
 
 
-def _fill(template: str, record: dict[str, Any], path: str) -> str:
+def _fill(template: str, record: Record, where: Callable[[], str]) -> str:
     try:
         return string.Formatter().vformat(template, (), record).strip()
     except (KeyError, IndexError, TypeError, AttributeError):
         raise UserError(
-            f"{path}: a record does not have what the prompt {template!r} is made of; its fields are "
+            f"{where()}: the record does not have what the prompt {template!r} is made of; its fields are "
             f"{', '.join(record)}; name another template or preset"
         ) from None
     except ValueError as error:

@@ -35,7 +35,7 @@ def reference_of_target(section: TargetSection) -> Reference:
     """Read a target's configuration and tokenizer, not its weights. Raises UserError where one is missing."""
     config = read_target_config(section)
     special = {name: getattr(config, name, None) for name in SPECIAL}
-    tokenizer = load_tokenizer(section.path)
+    tokenizer = load_tokenizer(section.path, section.revision)
     return Reference(
         source=section.path,
         tokenizer=tokenizer,

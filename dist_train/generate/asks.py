@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from dist_train.config import GenerateConfig
 from dist_train.tokenizer import Message
 
 
@@ -22,6 +23,26 @@ class Sampling(NamedTuple):
     temperature: float
     top_p: float
     max_new_tokens: int
+
+
+class Condition(NamedTuple):
+    """How a seed is answered. top_p is None where it has no part in it: greedy."""
+
+    temperature: float
+    top_p: float | None
+    sample: int
+
+
+def conditions(config: GenerateConfig) -> list[Condition]:
+    """Temperatures x top-p x samples; greedy decoding has only one answer to give."""
+    found = []
+    for temperature in dict.fromkeys(config.temperatures):
+        if temperature == 0:
+            found.append(Condition(0.0, None, 0))
+            continue
+        for top_p in dict.fromkeys(config.top_p):
+            found += [Condition(temperature, top_p, sample) for sample in range(config.samples)]
+    return found
 
 
 class Answer(NamedTuple):

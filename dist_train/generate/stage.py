@@ -12,31 +12,23 @@ from typing import Any, NamedTuple
 
 from data_shards.files import read_json, remove_stale, write_json
 from dist_train.claims import LEASE_SECONDS
-from dist_train.config import GenerateConfig, save_config
+from dist_train.config import GenerateConfig, TargetSection, save_config
 from dist_train.errors import UserError
 from dist_train.generate.answers import write_answers
-from dist_train.generate.asks import Ask, Engine, Sampling
+from dist_train.generate.asks import Ask, Condition, Engine, Sampling, conditions
 from dist_train.generate.memory import memory_report
 from dist_train.generate.page import write_page
 from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
 from dist_train.prompts import encode_seeds, read_all_seeds, refuse_long
 from dist_train.runtime import Runtime, started
-from dist_train.target import load_decoder, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.target import end_ids, load_decoder, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import COMPLETE, Units, unit_seed
 
-__all__ = ["STATISTICS", "Condition", "Generation", "Work", "check", "memory_report", "run"]
+__all__ = ["STATISTICS", "Generation", "Work", "check", "memory_report", "run"]
 
 STATISTICS = "_statistics.json"
-
-
-class Condition(NamedTuple):
-    """How a seed is answered. top_p is None where it has no part in it: greedy."""
-
-    temperature: float
-    top_p: float | None
-    sample: int
 
 
 class Work(NamedTuple):
@@ -82,7 +74,7 @@ class Generation:
         self._config, self._tokenizer, self._runtime = config, tokenizer, runtime
         self._seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
         self._prompts = encode_seeds(self._seeds, tokenizer)
-        self._conditions = _conditions(config)
+        self._conditions = conditions(config)
         self._batches = -(-len(self._seeds) // config.batch_size)
         self._stopwatch = Stopwatch(config.out)
         target = read_target_config(config.target)
@@ -163,18 +155,6 @@ class Generation:
         self._stopwatch.note(unit, began)
 
 
-def _conditions(config: GenerateConfig) -> list[Condition]:
-    """Temperatures x top-p x samples; greedy decoding has only one answer to give."""
-    found = []
-    for temperature in dict.fromkeys(config.temperatures):
-        if temperature == 0:
-            found.append(Condition(0.0, None, 0))
-            continue
-        for top_p in dict.fromkeys(config.top_p):
-            found += [Condition(temperature, top_p, sample) for sample in range(config.samples)]
-    return found
-
-
 def _request_seed(seed: int, number: int, condition: Condition) -> int:
     """Of one answer; below 2^31, which every server takes."""
     return unit_seed(seed, number, *condition) >> 32
@@ -183,7 +163,7 @@ def _request_seed(seed: int, number: int, condition: Condition) -> int:
 def _decoder(config: GenerateConfig, tokenizer: Tokenizer, model: Any) -> Engine:
     from dist_train.generate.local import ContinuousBatches, StaticBatches
 
-    eos_ids = [tokenizer.eos_id, *_as_list(model.generation_config.eos_token_id)]
+    eos_ids = end_ids(tokenizer, model.generation_config)
     return (ContinuousBatches if config.engine.batching == "continuous" else StaticBatches)(model, eos_ids)
 
 
@@ -193,23 +173,19 @@ def _server(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> En
 
     engine = config.engine
     client = Client(engine.url, os.environ.get(engine.key_variable), engine.timeout, engine.patience)
-    eos_ids = [tokenizer.eos_id, *_as_list(_stop_ids(config))]
+    eos_ids = end_ids(tokenizer, _generation_config(config.target))
     return ServerEngine(client, engine.model or config.target.path, tokenizer, eos_ids, vocab_size, engine.concurrency)
 
 
-def _stop_ids(config: GenerateConfig) -> Any:
-    """The end-of-sequence ids beside the tokenizer's, from the target's generation configuration, if it has one."""
+def _generation_config(target: TargetSection) -> Any:
+    """The target's, None where it has none."""
     from transformers import GenerationConfig
 
     try:
-        revision: Any = config.target.revision
-        return GenerationConfig.from_pretrained(config.target.path, revision=revision).eos_token_id
+        revision: Any = target.revision
+        return GenerationConfig.from_pretrained(target.path, revision=revision)
     except OSError:
         return None
-
-
-def _as_list(value: int | list[int] | None) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _digest(target: Any) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dist_train.config import GenerateConfig
+from dist_train.generate.asks import conditions
 from dist_train.plan.machine import Assumptions, Machine
 from dist_train.plan.report import Plan
 from dist_train.plan.shapes import measure, target_shape
@@ -23,7 +24,8 @@ def plan_generation(
     """
     target = measure(target_shape(config.target))
     shape, width = target.shape, DTYPES[config.target.precision].itemsize
-    answers = seeds * len(config.temperatures)
+    each_seed = len(conditions(config))
+    answers = seeds * each_seed
     plan = Plan(
         f"generate on {machine.gpus} x {machine.gpu.name}, {machine.nodes} node{'s' if machine.nodes > 1 else ''}: "
         f"target of {target.parameters / 1e9:.3g}B parameters, {answers:,} answers, {config.batch_size} at a time"
@@ -40,7 +42,7 @@ def plan_generation(
     plan.add("assumed", "share of that", assumed.memory_bandwidth, "share", "while decoding")
     plan.add("assumed", "a layer, at least", assumed.seconds_a_layer, "seconds", "its kernels launched from Python")
     plan.add("assumed", "tokens an answer", answer_tokens, "", "--answer-tokens; half of max_new_tokens if not given")
-    how = f"{seeds:,} seeds x {len(config.temperatures)} temperatures x tokens an answer"
+    how = f"{seeds:,} seeds x {each_seed} conditions (temperature, top-p, sample) x tokens an answer"
     tokens = plan.add("work", "tokens", answers * answer_tokens, "count", how)
     head_width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     keys = 2 * shape.num_hidden_layers * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)

@@ -53,15 +53,16 @@ def check_rest(config: Any, awaited: Collection[str]) -> None:
     from dist_train.drafter import read_drafter_config
     from dist_train.evaluate.tasks import load_prompts
     from dist_train.prompts import read_all_seeds
-    from dist_train.target import check_vocabulary, read_target_config
+    from dist_train.target import load_target_tokenizer, read_target_config
     from dist_train.tokenizer import load_tokenizer
     from dist_train.train.stage import check_corpus
 
     given = {key: text for key, text in [*_inputs(config), *_models(config)] if key not in awaited}
-    tokenizer = load_tokenizer(given["tokenizer"]) if "tokenizer" in given else None
-    size = read_target_config(config.target).vocab_size if "target.path" in given else None
-    if tokenizer is not None and size is not None and size < tokenizer.vocab_size:
-        check_vocabulary(config.target, tokenizer.vocab_size, tokenizer.source)
+    source, size = given.get("tokenizer"), None
+    tokenizer = load_tokenizer(source) if source else None
+    if "target.path" in given:
+        size = read_target_config(config.target).vocab_size
+        tokenizer = load_target_tokenizer(config.target, source) if source else None
     for key, text in given.items():
         if key.startswith("drafter"):
             found = read_drafter_config(Path(text)).vocab_size

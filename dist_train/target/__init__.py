@@ -8,12 +8,13 @@ from dist_train.target.load import (
     read_target_config,
 )
 from dist_train.target.model import Target, load_decoder, matrix_parameters, weights_digest
-from dist_train.target.tokenizer import load_target_tokenizer
+from dist_train.target.tokenizer import end_ids, load_target_tokenizer
 
 __all__ = [
     "DTYPES",
     "Target",
     "check_vocabulary",
+    "end_ids",
     "from_pretrained_whole",
     "load_causal_lm",
     "load_decoder",

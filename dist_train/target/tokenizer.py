@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
 from dist_train.target.load import check_vocabulary, read_target_config
@@ -13,15 +16,24 @@ def load_target_tokenizer(section: TargetSection, source: str | None) -> Tokeniz
 
     Raises UserError where `source` is not what the target has beside it, or has ids that the target does not know.
     """
-    tokenizer = load_tokenizer(source or section.path)
+    is_own = source is None or source == section.path
+    tokenizer = load_tokenizer(section.path, section.revision) if is_own else load_tokenizer(str(source))
     if read_target_config(section).vocab_size < tokenizer.vocab_size:
         check_vocabulary(section, tokenizer.vocab_size, tokenizer.source)
-    if source is None or source == section.path:
+    if is_own:
         return tokenizer
     try:
-        own = load_tokenizer(section.path)
+        own = load_tokenizer(section.path, section.revision)
     except UserError:  # none there to compare with
         return tokenizer
     if found := differences(tokenizer, own, PROBES):
-        raise UserError(f"{source} is not the tokenizer of {section.path}: {'; '.join(found)}; leave out tokenizer")
+        raise UserError(
+            f"{source} is not the tokenizer of {section.path}: {'; '.join(found)}; set tokenizer={section.path}"
+        )
     return tokenizer
+
+
+def end_ids(tokenizer: Tokenizer, generation: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's end of sequence and what a GenerationConfig (or None) has beside it."""
+    stops: int | Sequence[int] | None = getattr(generation, "eos_token_id", None)
+    return list(dict.fromkeys([tokenizer.eos_id, *([stops] if isinstance(stops, int) else stops or [])]))

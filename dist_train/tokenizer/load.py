@@ -13,8 +13,8 @@ from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
 from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer, load_processor
 
 
-def load_tokenizer(source: str | Path) -> Tokenizer:
-    """The tokenizer at `source`: a sentencepiece `.model` file, a Hugging Face folder, or a hub id.
+def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
+    """The tokenizer at `source`: a sentencepiece `.model` file, a Hugging Face folder, or a hub id at `revision`.
 
     A folder with a `tokenizer.model` that covers its whole vocabulary is run by sentencepiece. Raises UserError when
     there is no tokenizer at `source`.
@@ -25,7 +25,7 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     if not path.is_dir():
         if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
             raise UserError(f"{source}: no such tokenizer file or folder; check tokenizer")
-        path = _download(str(source))
+        path = _download(str(source), revision)
     model = path / "tokenizer.model"
     if model.exists() and not _adds_tokens(path, model):
         adds_bos = _read_json(path / "tokenizer_config.json").get("add_bos_token", True)
@@ -33,13 +33,12 @@ def load_tokenizer(source: str | Path) -> Tokenizer:
     return HuggingFaceTokenizer(str(path))
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=["tokenizer*", "special_tokens*", "chat_template*", "*.json"])
-        )
+        wanted = ["tokenizer*", "special_tokens*", "chat_template*", "*.json"]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
     except Exception as error:
         reason = first_line(error)
         raise UserError(f"{hub_id}: neither a file or folder nor a tokenizer on the hub: {reason}") from error

@@ -16,7 +16,7 @@ from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
-from dist_train.target import Target, check_vocabulary, read_target_config
+from dist_train.target import Target, load_target_tokenizer, read_target_config
 from dist_train.tokenizer import Tokenizer, load_tokenizer
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.engine import build_engine, deepspeed_config
@@ -33,7 +33,7 @@ from dist_train.train.timing import Phases, throughput
 
 def check(config: TrainConfig) -> None:
     """Everything that can be known to be wrong before a process group starts. Raises UserError or DataError."""
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = _tokenizer(config)
     for source in config.data.sources:
         check_corpus(source.path, tokenizer, config)
     if config.target is None and needs_target(config.objective):
@@ -206,13 +206,18 @@ def _name(config: TrainConfig) -> str:
     return "distill" if isinstance(config, DistillConfig) else "pretrain"
 
 
+def _tokenizer(config: TrainConfig) -> Tokenizer:
+    """Raises UserError where it is not the target's: what the drafter learns would be of no use to it."""
+    if config.target is None:
+        return load_tokenizer(config.tokenizer)
+    return load_target_tokenizer(config.target, config.tokenizer)
+
+
 def _vocab_size(config: TrainConfig, tokenizer: Tokenizer) -> int:
     """The target's, which may be padded beyond the tokenizer's; without a target the tokenizer's."""
     if config.target is None:
         return tokenizer.vocab_size
     vocab_size: int = read_target_config(config.target).vocab_size
-    if vocab_size < tokenizer.vocab_size:
-        check_vocabulary(config.target, tokenizer.vocab_size, config.tokenizer)
     return vocab_size
 
 

@@ -42,11 +42,12 @@ def test_counters_are_summed_over_engines():
 
 
 @contextmanager
-def serving(drafts=True, status=200, shrink=False, said=None):
+def serving(drafts=True, status=200, shrink=False, said=None, short=0):
     """A server whose every answer takes one draft of three tokens for each prompt token; of the k-th draft of all its
     time k modulo 4 tokens are accepted, by engines in turn.
 
-    `said`: what is answered instead, by path; `{}` in it is another number each time.
+    `said`: what is answered instead, by path; `{}` in it is another number each time. `short`: tokens that each engine
+    left out of its last draft.
     """
     lock, requests, accepted = threading.Lock(), [], []
     numbers = itertools.count()
@@ -81,8 +82,9 @@ def serving(drafts=True, status=200, shrink=False, said=None):
             known = [0] * 1000 + accepted if not (shrink and requests) else []
         for engine in (0, 1):
             mine, labels = known[engine::2], f'engine="{engine}",model_name="the-target"'
+            drafted = float(GAMMA * len(mine) - (short if requests else 0))
             lines.append(f"vllm:spec_decode_num_drafts_total{{{labels}}} {float(len(mine))}")
-            lines.append(f"vllm:spec_decode_num_draft_tokens_total{{{labels}}} {float(GAMMA * len(mine))}")
+            lines.append(f"vllm:spec_decode_num_draft_tokens_total{{{labels}}} {drafted}")
             lines.append(f"vllm:spec_decode_num_accepted_tokens_total{{{labels}}} {float(sum(mine))}")
             for place in range(GAMMA):
                 count = float(sum(number > place for number in mine))
@@ -132,7 +134,7 @@ def test_offline_figures_stand_beside_served_ones_of_the_same_prompts(tiny, comm
     setup = words(tiny, offline, "target.precision=fp32", "gammas=[3]", "token_rate.prompts=0")
     assert command(*setup, f"drafters={{base: {tiny.drafter}}}")[0] == 0
     (row,) = read_json(offline / "results.json")["rows"]
-    with serving() as (url, _, _):
+    with serving(short=1) as (url, _, _):
         before = {path: path.read_bytes() for path in offline.iterdir() if path.is_file()}
         code, said, complaint = command(*words(tiny, offline, f"beside={offline}"), "--server", url)
         assert {path: path.read_bytes() for path in before} == before and (offline / "served.json").exists()

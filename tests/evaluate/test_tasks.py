@@ -63,7 +63,7 @@ def test_a_preset_reads_the_datasets_own_columns(tmp_path, tokenizer, preset, ki
 def test_another_file_is_refused_by_its_fields(tmp_path, tokenizer):
     file = tmp_path / "other.jsonl"
     file.write_text('{"text": "a"}\n')
-    with pytest.raises(UserError, match=r"other.jsonl: .*article.*fields are text"):
+    with pytest.raises(UserError, match=r"other.jsonl:1: .*article.*fields are text"):
         read_task(TaskSection(preset="cnn_dailymail", inputs=str(file)), tokenizer)
     with pytest.raises(UserError, match=r"fields are text"):
         read_task(TaskSection(name="mine", template="{turns[0]}", inputs=str(file)), tokenizer)
@@ -72,6 +72,9 @@ def test_another_file_is_refused_by_its_fields(tmp_path, tokenizer):
             read_task(TaskSection(name="mine", template=template, inputs=str(file)), tokenizer)
     found = read_task(TaskSection(name="mine", template="Say {text}", inputs=str(file)), tokenizer)
     assert found[0][0]["content"] == "Say a"
+    file.write_text('{"text": "a"}\n{"text": "b \\ud800"}\n')
+    with pytest.raises(UserError, match=r"other.jsonl:2: not Unicode: half a surrogate pair at character 6"):
+        read_task(TaskSection(name="mine", template="Say {text}", inputs=str(file)), tokenizer)
 
 
 @pytest.mark.parametrize("how", [{}, {"template": "{prompt}"}, {"preset": "dolly"}])

@@ -191,3 +191,17 @@ def test_a_folder_whose_own_conversion_differs_is_noted(shared, tmp_path, cli):
     done = cli("tokenizer", "check", model, tmp_path)
     assert "equal: " in done.stdout
     assert "tokenizer.json encodes unlike tokenizer.model" in done.stdout
+
+
+def test_a_hub_id_is_read_at_its_revision(tiny, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(name, revision, **_):
+        asked[name] = revision
+        return str(tiny.tokenizer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert load_tokenizer("some/model", "abc").vocab_size == tiny.vocab_size
+    assert asked == {"some/model": "abc"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 
 import pytest
-from runs import on_ranks
+from runs import distillation, on_ranks
 
 SIZES = {
     "vocab_size": 320,
@@ -171,3 +171,9 @@ def test_no_rank_holds_a_large_target_whole(tmp_path):
             )
             assert at_rest <= size / 2 + head + 1e6  # norms are whole everywhere
             assert rise <= 0.65 * size
+
+
+def test_a_tokenizer_of_other_pieces_is_refused(tiny, other_tokenizer, refused, tmp_path):
+    told = refused(*distillation(tiny, tmp_path / "run", f"tokenizer={other_tokenizer}"))
+    assert f"{other_tokenizer} is not the tokenizer of {tiny.target}: pieces: " in told
+    assert f"set tokenizer={tiny.target}" in told
