@@ -218,16 +218,25 @@ def unit_seed(seed: int, *what: object) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def refuse_other_plan(folder: Path, plan: dict[str, Any]) -> None:
+    """Raise UserError where `folder` holds units of another plan; before anything starts, and without writing."""
+    _refuse_other(folder / PLAN, plan)
+
+
+def _refuse_other(path: Path, facts: dict[str, Any]) -> None:
+    found = read_json(path) if path.exists() else facts
+    changed = sorted(key for key in facts.keys() | found.keys() if facts.get(key) != found.get(key))
+    if changed:
+        raise UserError(
+            f"{path.parent}: holds work begun with another {', '.join(changed)}; remove it or write elsewhere"
+        )
+
+
 def _adopt(path: Path, facts: dict[str, Any]) -> None:
-    folder = path.parent
     if path.exists():
-        found = read_json(path)
-        changed = sorted(key for key in facts.keys() | found.keys() if facts.get(key) != found.get(key))
-        if changed:
-            raise UserError(
-                f"{folder}: holds work begun with another {', '.join(changed)}; remove it or write elsewhere"
-            )
+        _refuse_other(path, facts)
         return
+    folder = path.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

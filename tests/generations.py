@@ -42,15 +42,16 @@ class FakeServer(ThreadingHTTPServer):
     """An OpenAI-compatible server whose answer to a request is a function of its prompt, seed and temperature.
 
     `faults`: share of requests that fail, in every way that a server and a network have. `style`: vllm returns token
-    ids; bare takes only OpenAI's own fields, and tells texts. `choice`: what it says instead of its answer.
+    ids; bare takes only OpenAI's own fields, and tells texts. `choice`: what it says instead of its answer. `lives`:
+    requests that it answers before it fails for ever.
     """
 
     daemon_threads = True
 
-    def __init__(self, tokenizer, faults=0.0, style="vllm", model="tiny", shift=0, text=None, choice=None):
+    def __init__(self, tokenizer, faults=0.0, style="vllm", model="tiny", shift=0, text=None, choice=None, lives=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokenizer, self.faults, self.style, self.model, self.shift = tokenizer, faults, style, model, shift
-        self.text, self.choice = text, choice or {}
+        self.text, self.choice, self.lives = text, choice or {}, lives
         self.drawn, self.lock = random.Random(5), threading.Lock()
         self.answered, self.failed = Counter(), Counter()
         self.under_way = self.most_under_way = 0
@@ -78,6 +79,8 @@ class Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most_under_way = max(server.under_way, server.most_under_way)
             fault = server.drawn.choice(FAULTS) if server.drawn.random() < server.faults else None
+            if server.lives is not None and server.answered.total() >= server.lives:
+                fault = 503
             server.failed[fault] += 1
         try:
             self.serve(body, fault)

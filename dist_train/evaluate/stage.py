@@ -20,10 +20,11 @@ from dist_train.progress import Progress
 from dist_train.runtime import Runtime, started
 from dist_train.target import DTYPES, end_ids, load_decoder, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.tokenizer import Tokenizer
-from dist_train.units import Units, unit_seed
+from dist_train.units import Units, refuse_other_plan, unit_seed
 
 __all__ = ["check", "memory_report", "run"]
 
+UNITS = "units"
 BATCHES_A_UNIT = 4
 """A unit is what a killed evaluation repeats, and what a batch is kept full from."""
 
@@ -42,6 +43,7 @@ def check(config: EvaluateConfig) -> None:
     tasks = load_prompts(config, tokenizer)
     for source, model in models.items():
         refuse_long_prompts(tasks, source, model, max(config.gammas))
+    refuse_other_plan(config.out / UNITS, _plan(config, tasks))
 
 
 def run(config: EvaluateConfig) -> None:
@@ -58,7 +60,8 @@ def run(config: EvaluateConfig) -> None:
             for first in range(0, len(tasks[cell.task].ids), length)
         ]
         models = _Models(config, runtime, tokenizer)
-        units = Units(config.out / "units", _plan(config, tasks, models), len(works), ".json", runtime)
+        units = Units(config.out / UNITS, _plan(config, tasks), len(works), ".json", runtime)
+        units.hold(models.digests())
 
         def make(unit: int, path: Path) -> None:
             cell, chosen = works[unit]
@@ -123,6 +126,11 @@ class _Models:
         names = list(self.config.drafters)
         return {"": self.target.num_parameters(), **{name: self.drafter(name).num_parameters() for name in names}}
 
+    def digests(self) -> dict[str, str]:
+        """Of all weights: others may have taken their place."""
+        drafters = {f"drafter {name}": weights_digest(self.drafter(name)) for name in self.config.drafters}
+        return {"target": weights_digest(self.target), **drafters}
+
     def decode(self, cell: Cell, prompts: Prompts, chosen: range) -> dict[str, list[Any]]:
         """Tokens of each block, and of the text, for each of the chosen prompts."""
         from dist_train.evaluate.speculative import speculative_generate
@@ -171,14 +179,11 @@ def _identity(config: EvaluateConfig, target: Any) -> dict[str, Any]:
     }
 
 
-def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts], models: _Models) -> dict[str, Any]:
-    """What the counts depend on. Weights count as well as where they lie: others may have taken their place."""
+def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> dict[str, Any]:
+    """What the counts depend on, save the weights."""
     return {
-        "target": [config.target.model_dump(mode="json"), weights_digest(models.target)],
-        **{
-            f"drafter {name}": [str(find_model(path)), weights_digest(models.drafter(name))]
-            for name, path in config.drafters.items()
-        },
+        "target": config.target.model_dump(mode="json"),
+        **{f"drafter {name}": str(find_model(path)) for name, path in config.drafters.items()},
         **{f"task {name}": [prompts.identity, *map(str, prompts.sampling)] for name, prompts in tasks.items()},
         **config.model_dump(mode="json", include={"gammas", "drafting", "batch_size", "seed"}),
     }

@@ -37,17 +37,18 @@ class Client:
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._timeout, self._patience = timeout, patience
         self._local = threading.local()
-        self._given_up = threading.Event()
+        self._given_up, self._why = threading.Event(), ""
         self.retries = 0
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object that the server answers.
 
         Busy (429), failing (5xx), unreachable, silent, or broken off: asked again, after a delay that doubles, with
-        chance in it, or that the server names. Raises RefusedError for another status, UserError when patience is over.
+        chance in it, or that the server names. Raises RefusedError for another status, UserError when patience is
+        over or `give_up` was called.
         """
         began, tries = time.monotonic(), 0
-        while True:
+        while not self._given_up.is_set():
             tries += 1
             wanted = 0.0
             try:
@@ -62,14 +63,20 @@ class Client:
                 problem = str(error) or type(error).__name__
             delay = max(wanted, min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(tries - 1, 20)) * random.uniform(0.5, 1.0))
             spent = time.monotonic() - began
-            if self._given_up.is_set() or spent + delay > self._patience:
-                self._given_up.set()
-                raise UserError(
+            if spent + delay > self._patience:
+                self.give_up(
                     f"{self.url}: gave up after {tries} tries in {spent:.0f} s: {problem}; is the server up? "
                     "started again, generate goes on with what is missing"
                 )
-            self.retries += 1
-            self._given_up.wait(delay)
+            else:
+                self.retries += 1
+                self._given_up.wait(delay)
+        raise UserError(self._why)
+
+    def give_up(self, why: str) -> None:
+        """Let nobody ask any more: every thread that would is told the first reason."""
+        self._why = self._why or why
+        self._given_up.set()
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
         """Status, body and the delay that the server asks for, in seconds."""

@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from data_shards.files import read_json, remove_stale, write_json
 from dist_train.claims import LEASE_SECONDS
 from dist_train.config import GenerateConfig, TargetSection, save_config
@@ -21,14 +23,15 @@ from dist_train.generate.page import write_page
 from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
 from dist_train.prompts import encode_seeds, read_all_seeds, refuse_long
-from dist_train.runtime import Runtime, started
+from dist_train.runtime import started
 from dist_train.target import end_ids, load_decoder, load_target_tokenizer, read_target_config, weights_digest
 from dist_train.tokenizer import Tokenizer
-from dist_train.units import COMPLETE, Units, unit_seed
+from dist_train.units import COMPLETE, Units, refuse_other_plan, unit_seed
 
 __all__ = ["STATISTICS", "Generation", "Work", "check", "memory_report", "run"]
 
 STATISTICS = "_statistics.json"
+CPU = torch.device("cpu")
 
 
 class Work(NamedTuple):
@@ -40,18 +43,16 @@ class Work(NamedTuple):
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
-    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
-    seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
-    prompts, target = encode_seeds(seeds, tokenizer), read_target_config(config.target)
-    refuse_long(prompts, config.max_new_tokens, config.target.path, target, "seeds.max_tokens")
+    generation = Generation(config)
+    refuse_long(generation.prompts, config.max_new_tokens, config.target.path, generation.target, "seeds.max_tokens")
+    refuse_other_plan(config.out, generation.plan)
 
 
 def run(config: GenerateConfig) -> None:
     """Answer every seed under every condition; on every rank."""
     check(config)
     with started() as runtime:
-        tokenizer = load_target_tokenizer(config.target, config.tokenizer)
-        generation = Generation(config, tokenizer, runtime)
+        generation = Generation(config, runtime.device)
         units = Units(config.out, generation.plan, generation.count, ".parquet", runtime)
         began = time.monotonic()
         missing = runtime.agree(units.missing)
@@ -70,18 +71,18 @@ def run(config: GenerateConfig) -> None:
 class Generation:
     """All that is to be asked, cut into units, and how one of them is answered."""
 
-    def __init__(self, config: GenerateConfig, tokenizer: Tokenizer, runtime: Runtime) -> None:
-        self._config, self._tokenizer, self._runtime = config, tokenizer, runtime
+    def __init__(self, config: GenerateConfig, device: torch.device = CPU) -> None:
+        self._config, self._device = config, device
+        self._tokenizer = tokenizer = load_target_tokenizer(config.target, config.tokenizer)
         self._seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
-        self._prompts = encode_seeds(self._seeds, tokenizer)
+        self.prompts = encode_seeds(self._seeds, tokenizer)
+        self.target = read_target_config(config.target)
         self._conditions = conditions(config)
         self._batches = -(-len(self._seeds) // config.batch_size)
         self._stopwatch = Stopwatch(config.out)
-        target = read_target_config(config.target)
-        self._vocab_size = target.vocab_size
         engine = config.engine
         self.origin: dict[str, Any] = {
-            "target": {"path": config.target.path, "revision": config.target.revision, "config": _digest(target)},
+            "target": {"path": config.target.path, "revision": config.target.revision, "config": _digest(self.target)},
             "tokenizer": tokenizer.sha256,
             "engine": engine.kind if engine.kind == "openai" else f"transformers, {engine.batching} batching",
         }
@@ -99,7 +100,7 @@ class Generation:
             **self.origin,
             "precision": config.target.precision if config.engine.kind == "transformers" else None,
             "model": config.engine.model if config.engine.kind == "openai" else None,
-            "prompts": unit_seed(0, self._prompts),
+            "prompts": unit_seed(0, self.prompts),
             **config.model_dump(
                 mode="json", include={"temperatures", "top_p", "samples", "max_new_tokens", "batch_size", "seed"}
             ),
@@ -115,12 +116,12 @@ class Generation:
     def engine(self) -> Engine:
         """What decodes, made when first needed: a rerun with nothing to do loads no model."""
         if self._config.engine.kind == "openai":
-            return _server(self._config, self._tokenizer, self._vocab_size)
+            return _server(self._config, self._tokenizer, self.target.vocab_size)
         return _decoder(self._config, self._tokenizer, self._model)
 
     @cached_property
     def _model(self) -> Any:
-        return load_decoder(self._config.target, self._runtime.device)
+        return load_decoder(self._config.target, self._device)
 
     @property
     def weights(self) -> str | None:
@@ -133,7 +134,7 @@ class Generation:
         seeds, condition = self.work(unit)
         sampling = Sampling(condition.temperature, condition.top_p or 1.0, self._config.max_new_tokens)
         asks = [
-            Ask(self._seeds[seed], self._prompts[seed], _request_seed(self._config.seed, seed, condition))
+            Ask(self._seeds[seed], self.prompts[seed], _request_seed(self._config.seed, seed, condition))
             for seed in seeds
         ]
         answers = self.engine.answer(asks, sampling)

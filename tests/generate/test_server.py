@@ -17,7 +17,15 @@ from generations import FAULTS, files, generation, rows
 from transformers import AutoModelForCausalLM
 
 from dist_train.generate.answers import read_origin
+from dist_train.generate.http import Client
 from dist_train.runtime import free_port
+
+
+def calls(frame):
+    """A frame and those that it was called from."""
+    while frame:
+        yield frame
+        frame = frame.f_back
 
 
 def asking(tiny, out, url, *more):
@@ -68,6 +76,7 @@ def test_a_server_that_tells_no_ids(tiny, here, fake_server, tmp_path):
     [
         ({}, ["engine.model=gpt"], "refused for model 'gpt' with 404: The model `gpt` does not exist.; it has tiny"),
         ({"shift": 400}, [], "is not in the target's vocabulary of 320"),
+        ({"shift": 400, "lives": 2}, [], "is not in the target's vocabulary of 320"),
         ({"text": "quite another text"}, ["batch_size=8"], "the server has another tokenizer"),
         *(
             ({"choice": choice}, [], f"not an answer of OpenAI's protocol: {{'choices': [{{'index': 0, 'text': {said}")
@@ -93,6 +102,10 @@ def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, here, fake_serve
     assert code == 2
     assert message in complaint and complaint.count("\n") == 1, complaint
     assert not files(tmp_path / "out")
+    deadline = time.monotonic() + 20  # nobody asks on, for what would keep the process from ending
+    while any(frame.f_code is Client.ask.__code__ for top in sys._current_frames().values() for frame in calls(top)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_mistakes_in_the_configuration(tiny, refused, other_tokenizer, tmp_path):
