@@ -33,7 +33,10 @@ class RowReader:
         self._place = _Place(rows, slots)
         self._layers = [_RowLayer(self._place) for _ in range(config.num_hidden_layers)]
         self._cache = as_argument(Cache(layers=list(self._layers)), model)
-        self._is_nan = torch.zeros((), dtype=torch.bool, device=model.device)
+        self._slots = torch.arange(slots, device=model.device)
+        self._seen = torch.zeros((), dtype=model.dtype, device=model.device)
+        self._unseen = torch.full_like(self._seen, torch.finfo(model.dtype).min)
+        self._largest = self._unseen
 
     def prefill(self, rows: Tensor, tokens: Tensor) -> None:
         """Read `tokens` [k, n] from position 0 of `rows` [k] on, padded at the end with anything."""
@@ -51,12 +54,12 @@ class RowReader:
         rows = torch.arange(len(tokens), device=tokens.device)
         self._place.go(rows, positions, width, fresh=False)
         logits = self._forward(tokens, positions.clamp_min(0), width, keep)
-        self._is_nan |= logits.amax(-1).isnan().any()
+        self._largest = torch.maximum(self._largest, logits.amax())  # NaN is above all
         return logits
 
     def refuse_nan(self) -> None:
         """Raise UserError where logits that were read held NaN. Apart from `read`: asking makes a GPU wait."""
-        if self._is_nan:
+        if self._largest.isnan():
             raise UserError(
                 f"{self._model.name_or_path}: gives NaN; its weights are damaged or too large for their precision"
             )
@@ -80,7 +83,7 @@ class RowReader:
 
     def _mask(self, positions: Tensor, width: int) -> Tensor | dict[str, Tensor]:
         """What each query sees, additive, [B, 1, n, width]."""
-        behind = positions[:, None, :, None] - torch.arange(width, device=positions.device)
+        behind = positions[:, None, :, None] - self._slots[:width]
         full = self._additive(behind >= 0)
         if self._window is None:
             return full
@@ -88,8 +91,7 @@ class RowReader:
         return {"full_attention": full, "sliding_attention": sliding} if self._by_layer else sliding
 
     def _additive(self, seen: Tensor) -> Tensor:
-        dtype = self._model.dtype
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
+        return torch.where(seen, self._seen, self._unseen)
 
 
 class _Place:
