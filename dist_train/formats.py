@@ -172,12 +172,14 @@ def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
 
 def _is_of_tree(record: Record) -> bool:
     name, text, role = (record.get(key) for key in ("message_id", "text", "role"))
-    is_named = isinstance(name, str | int) and isinstance(record.get("parent_id", ...), str | int | float | None)
+    kind = str if isinstance(name, str) else int | float
+    is_named = isinstance(name, kind) and "parent_id" in record and isinstance(record["parent_id"], kind | None)
     return is_named and isinstance(text, str) and isinstance(role, str) and role in _ROLES
 
 
 def _is_root(record: Record) -> bool:
-    return record["parent_id"] in (None, "")
+    parent = record["parent_id"]
+    return parent in (None, "") or parent != parent  # NaN, as pandas may write it
 
 
 def _grandparent(record: Record, messages: dict[Any, Placed]) -> Any:

@@ -42,16 +42,16 @@ class FakeServer(ThreadingHTTPServer):
     """An OpenAI-compatible server whose answer to a request is a function of its prompt, seed and temperature.
 
     `faults`: share of requests that fail, in every way that a server and a network have. `style`: vllm returns token
-    ids; bare takes only OpenAI's own fields, and tells texts. `choice`: what it says instead of its answer. `lives`:
-    requests that it answers before it fails for ever.
+    ids; bare takes only OpenAI's own fields, and tells texts. `choice`: what it says instead of its answer. `stuck`:
+    a prompt that holds this text is never answered with more than a token.
     """
 
     daemon_threads = True
 
-    def __init__(self, tokenizer, faults=0.0, style="vllm", model="tiny", shift=0, text=None, choice=None, lives=None):
+    def __init__(self, tokenizer, faults=0.0, style="vllm", model="tiny", shift=0, text=None, choice=None, stuck=None):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokenizer, self.faults, self.style, self.model, self.shift = tokenizer, faults, style, model, shift
-        self.text, self.choice, self.lives = text, choice or {}, lives
+        self.text, self.choice, self.stuck = text, choice or {}, stuck
         self.drawn, self.lock = random.Random(5), threading.Lock()
         self.answered, self.failed = Counter(), Counter()
         self.under_way = self.most_under_way = 0
@@ -79,7 +79,7 @@ class Handler(BaseHTTPRequestHandler):
             server.under_way += 1
             server.most_under_way = max(server.under_way, server.most_under_way)
             fault = server.drawn.choice(FAULTS) if server.drawn.random() < server.faults else None
-            if server.lives is not None and server.answered.total() >= server.lives:
+            if server.stuck and body["max_tokens"] > 1 and server.stuck in server.tokenizer.decode(body["prompt"]):
                 fault = 503
             server.failed[fault] += 1
         try:

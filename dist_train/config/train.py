@@ -182,7 +182,7 @@ class TrainConfig(Section):
 
     run: RunSection
     tokenizer: str
-    """the tokenizer of the corpora; checked against them"""
+    """the tokenizer of the corpora and of the target; checked against both"""
     drafter: DrafterSection = DrafterSection()
     target: TargetSection | None = None
     data: DataSection

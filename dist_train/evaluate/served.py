@@ -160,7 +160,9 @@ def _read(config: ServedConfig) -> tuple[Tokenizer, Any]:
     try:
         target = read_target_config(config.target)
     except UserError:
-        return load_tokenizer(config.tokenizer or config.target.path, config.target.revision), None
+        if config.tokenizer is not None:
+            return load_tokenizer(config.tokenizer), None
+        return load_tokenizer(config.target.path, config.target.revision), None
     return load_target_tokenizer(config.target, config.tokenizer), target
 
 
@@ -244,12 +246,13 @@ def _as_markdown(rows: Sequence[Mapping[str, Any]], beside: Mapping[str, Any] | 
     header = ["task", "gamma", "T", "measured", "drafting", "block efficiency", "accepted at position 1, 2, ..."]
     lines = []
     for row in rows:
-        at = [row["task"], f"{row['gamma']:.3g}", f"{row['temperature']:g}"]
+        # vLLM counts by position up to its setting; the mean falls short of it where drafts are cut at max_model_len.
+        gamma = len(row["accepted_shares"]) or round(row["gamma"])
+        at = [row["task"], str(gamma), f"{row['temperature']:g}"]
         lines.append([*at, "served", "", f"{row['block_efficiency']:.2f}", shares(row["accepted_shares"])])
         same = ("task", "temperature", "top_p", "max_new_tokens")
         for other in beside["rows"] if beside else ():
-            # A server drafts less where a text reaches its limit, so that its mean is not quite its setting.
-            if other["gamma"] == round(row["gamma"]) and all(other[key] == row[key] for key in same):
+            if other["gamma"] == gamma and all(other[key] == row[key] for key in same):
                 efficiency = other["block_efficiency"]
                 figure = f"{efficiency['value']:.2f} {interval(efficiency)}"
                 who = f"offline, {other['drafter']}"

@@ -18,8 +18,8 @@ from dist_train.export.provenance import training_provenance
 from dist_train.export.reference import Reference, reference_of_target, reference_of_tokenizer, token_ids
 from dist_train.prompts import encode_seeds, read_seeds, refuse_long
 from dist_train.runtime import quiet_libraries
-from dist_train.target import read_target_config
-from dist_train.tokenizer import PROBES, differences, load_tokenizer
+from dist_train.target import load_target_tokenizer, read_target_config
+from dist_train.tokenizer import load_tokenizer
 
 GGUF_FILE = "drafter.gguf"
 
@@ -49,12 +49,9 @@ def _reference(config: ExportConfig) -> Reference:
     if config.target is None:
         assert config.tokenizer is not None  # the configuration asks for it
         return reference_of_tokenizer(load_tokenizer(config.tokenizer))
-    reference = reference_of_target(config.target)
     if config.tokenizer is not None:
-        found = differences(load_tokenizer(config.tokenizer), reference.tokenizer, PROBES)
-        if found:
-            raise UserError(f"{config.tokenizer} is not the tokenizer of {config.target.path}: {'; '.join(found)}")
-    return reference
+        load_target_tokenizer(config.target, config.tokenizer)  # refuses another one
+    return reference_of_target(config.target)
 
 
 def _check_export(config: ExportConfig, reference: Reference) -> None:

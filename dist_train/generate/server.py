@@ -82,13 +82,16 @@ class ServerEngine:
 
     def answer(self, asks: Sequence[Ask], sampling: Sampling) -> list[Answer]:
         """One answer to each ask. Raises UserError when the server is gone, refuses, or has another tokenizer."""
+        return list(self._pool.map(lambda ask: self._answer(ask, sampling), asks))
+
+    def _answer(self, ask: Ask, sampling: Sampling) -> Answer:
         try:
-            return list(self._pool.map(lambda ask: self._answer(ask, sampling), asks))
+            return self._ask(ask, sampling)
         except UserError as error:
             self._client.give_up(str(error))  # the run ends with it
             raise
 
-    def _answer(self, ask: Ask, sampling: Sampling) -> Answer:
+    def _ask(self, ask: Ask, sampling: Sampling) -> Answer:
         with self._lock:
             dialect = self._dialect
             if dialect is None:

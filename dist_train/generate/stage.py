@@ -31,7 +31,6 @@ from dist_train.units import COMPLETE, Units, refuse_other_plan, unit_seed
 __all__ = ["STATISTICS", "Generation", "Work", "check", "memory_report", "run"]
 
 STATISTICS = "_statistics.json"
-CPU = torch.device("cpu")
 
 
 class Work(NamedTuple):
@@ -71,7 +70,7 @@ def run(config: GenerateConfig) -> None:
 class Generation:
     """All that is to be asked, cut into units, and how one of them is answered."""
 
-    def __init__(self, config: GenerateConfig, device: torch.device = CPU) -> None:
+    def __init__(self, config: GenerateConfig, device: torch.device | None = None) -> None:
         self._config, self._device = config, device
         self._tokenizer = tokenizer = load_target_tokenizer(config.target, config.tokenizer)
         self._seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
@@ -121,6 +120,7 @@ class Generation:
 
     @cached_property
     def _model(self) -> Any:
+        assert self._device is not None  # to check takes none
         return load_decoder(self._config.target, self._device)
 
     @property

@@ -54,15 +54,12 @@ def check_rest(config: Any, awaited: Collection[str]) -> None:
     from dist_train.evaluate.tasks import load_prompts
     from dist_train.prompts import read_all_seeds
     from dist_train.target import load_target_tokenizer, read_target_config
-    from dist_train.tokenizer import load_tokenizer
     from dist_train.train.stage import check_corpus
 
     given = {key: text for key, text in [*_inputs(config), *_models(config)] if key not in awaited}
-    source, size = given.get("tokenizer"), None
-    tokenizer = load_tokenizer(source) if source else None
-    if "target.path" in given:
-        size = read_target_config(config.target).vocab_size
-        tokenizer = load_target_tokenizer(config.target, source) if source else None
+    target = config.target if "target.path" in given else None
+    size = read_target_config(target).vocab_size if target else None
+    tokenizer = load_target_tokenizer(target, given["tokenizer"]) if "tokenizer" in given else None
     for key, text in given.items():
         if key.startswith("drafter"):
             found = read_drafter_config(Path(text)).vocab_size

@@ -11,11 +11,13 @@ from dist_train.target.load import check_vocabulary, read_target_config
 from dist_train.tokenizer import PROBES, Tokenizer, differences, load_tokenizer
 
 
-def load_target_tokenizer(section: TargetSection, source: str | None) -> Tokenizer:
-    """The tokenizer at `source`, or where that is None the target's own; no model is loaded.
+def load_target_tokenizer(section: TargetSection | None, source: str | None) -> Tokenizer:
+    """The tokenizer at `source`, or where that is None the target's own; no model is loaded, nor a target needed.
 
     Raises UserError where `source` is not what the target has beside it, or has ids that the target does not know.
     """
+    if section is None:
+        return load_tokenizer(str(source))
     is_own = source is None or source == section.path
     tokenizer = load_tokenizer(section.path, section.revision) if is_own else load_tokenizer(str(source))
     if read_target_config(section).vocab_size < tokenizer.vocab_size:

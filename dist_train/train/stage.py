@@ -17,7 +17,7 @@ from dist_train.losses import needs_target
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
 from dist_train.target import Target, load_target_tokenizer, read_target_config
-from dist_train.tokenizer import Tokenizer, load_tokenizer
+from dist_train.tokenizer import Tokenizer
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.engine import build_engine, deepspeed_config
 from dist_train.train.guard import LossGuard, StepControl, lost_peer
@@ -33,7 +33,7 @@ from dist_train.train.timing import Phases, throughput
 
 def check(config: TrainConfig) -> None:
     """Everything that can be known to be wrong before a process group starts. Raises UserError or DataError."""
-    tokenizer = _tokenizer(config)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
     for source in config.data.sources:
         check_corpus(source.path, tokenizer, config)
     if config.target is None and needs_target(config.objective):
@@ -132,7 +132,9 @@ def checkpoints_bytes(config: TrainConfig) -> float:
 
 def _planned_shape(config: TrainConfig) -> Any:
     warm = config.drafter.init_from
-    return read_drafter_config(warm) if warm else _shape(config, load_tokenizer(config.tokenizer))
+    if warm:
+        return read_drafter_config(warm)
+    return _shape(config, load_target_tokenizer(config.target, config.tokenizer))
 
 
 def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
@@ -154,7 +156,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
     """The parts of a run, each from its section of the configuration."""
     lease = Lease(config.run.dir)
     runtime.agree(lease.take)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
     # Cross-entropy alone takes nothing of the target but the size of its vocabulary.
     target = Target(config.target, runtime) if config.target and needs_target(config.objective) else None
     if config.drafter.init_from is not None:
@@ -206,19 +208,11 @@ def _name(config: TrainConfig) -> str:
     return "distill" if isinstance(config, DistillConfig) else "pretrain"
 
 
-def _tokenizer(config: TrainConfig) -> Tokenizer:
-    """Raises UserError where it is not the target's: what the drafter learns would be of no use to it."""
-    if config.target is None:
-        return load_tokenizer(config.tokenizer)
-    return load_target_tokenizer(config.target, config.tokenizer)
-
-
 def _vocab_size(config: TrainConfig, tokenizer: Tokenizer) -> int:
     """The target's, which may be padded beyond the tokenizer's; without a target the tokenizer's."""
     if config.target is None:
         return tokenizer.vocab_size
-    vocab_size: int = read_target_config(config.target).vocab_size
-    return vocab_size
+    return int(read_target_config(config.target).vocab_size)
 
 
 def check_corpus(path: Path, tokenizer: Tokenizer, config: TrainConfig) -> None:

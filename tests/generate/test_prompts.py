@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 
 import pytest
@@ -87,6 +88,7 @@ TREES = [
         ("openassistant", message(["2"], "1", ["prompter"], "a"), "message_id, parent_id, text, role"),
         ("openassistant", message("2", ["1"], "prompter", "a"), "message_id, parent_id, text, role"),
         ("openassistant", message("2", "1", "prompter", "a \ud800"), "half a surrogate pair at character 2"),
+        ("openassistant", message("2", 1, "prompter", "a"), "message_id, parent_id, text, role"),
         ("openassistant", message("2", "2", "prompter", "a"), "its own ancestor"),
     ],
 )
@@ -119,7 +121,10 @@ def test_a_line_that_is_no_record_is_named_and_what_is_told_can_be_done(tiny, re
 )
 def test_openassistant_trees(seeds, turns, expected):
     assert seeds(TREES, format="openassistant", turns=turns) == expected
-    number = {None: None, **{str(name): float(name - 1) for name in range(1, 10)}}  # from 0; parents as pandas has them
+    number = {
+        None: math.nan,
+        **{str(name): float(name - 1) for name in range(1, 10)},
+    }  # from 0; parents as pandas has them
     numbered = [
         {**record, "message_id": int(record["message_id"]) - 1, "parent_id": number[record["parent_id"]]}
         for record in TREES

@@ -76,7 +76,6 @@ def test_a_server_that_tells_no_ids(tiny, here, fake_server, tmp_path):
     [
         ({}, ["engine.model=gpt"], "refused for model 'gpt' with 404: The model `gpt` does not exist.; it has tiny"),
         ({"shift": 400}, [], "is not in the target's vocabulary of 320"),
-        ({"shift": 400, "lives": 2}, [], "is not in the target's vocabulary of 320"),
         ({"text": "quite another text"}, ["batch_size=8"], "the server has another tokenizer"),
         *(
             ({"choice": choice}, [], f"not an answer of OpenAI's protocol: {{'choices': [{{'index': 0, 'text': {said}")
@@ -102,7 +101,15 @@ def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, here, fake_serve
     assert code == 2
     assert message in complaint and complaint.count("\n") == 1, complaint
     assert not files(tmp_path / "out")
-    deadline = time.monotonic() + 20  # nobody asks on, for what would keep the process from ending
+
+
+def test_whichever_request_finds_what_is_wrong_the_others_end_with_it(tiny, here, fake_server, tmp_path):
+    """The first is tried again and again, and would be for ten minutes; also a process that ended waits for it."""
+    first = json.loads(tiny.chat_lines.read_text().splitlines()[0])["prompt"]
+    server = fake_server(shift=400, stuck=first)
+    code, _, complaint = here(*asking(tiny, tmp_path / "out", server.url))
+    assert code == 2 and "is not in the target's vocabulary of 320" in complaint
+    deadline = time.monotonic() + 20
     while any(frame.f_code is Client.ask.__code__ for top in sys._current_frames().values() for frame in calls(top)):
         assert time.monotonic() < deadline
         time.sleep(0.1)
