@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -24,17 +25,38 @@ def demo(*arguments):
     )
 
 
+def kill_when_there(file, run):
+    """SIGKILL to all processes of a demo that has got as far as to write `file`."""
+    deadline = time.monotonic() + 500
+    while not file.exists() and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    if run.poll() is None:
+        os.killpg(run.pid, signal.SIGKILL)
+    said = run.communicate()[0]
+    assert file.exists() and run.returncode == -signal.SIGKILL, said
+
+
+@pytest.fixture(scope="module")
+def on_given(tiny, tmp_path_factory):
+    """A real target and real data in place of what the demo would make: its folder, and when it distils.
+
+    It runs beside the demo that makes all by itself, which needs one core only for its corpus.
+    """
+    folder = tmp_path_factory.mktemp("given")
+    out, seeds = folder / "demo", folder / "seeds.jsonl"
+    seeds.write_text("".join(json.dumps({"prompt": f"Say word {number}"}) + "\n" for number in range(60)))
+    given = ["--target", tiny.target, "--corpus", tiny.root / "text.jsonl", "--seeds", seeds]
+    run = demo("--out", out, "--scale", SMOKE, "--nproc", 1, *given)
+    with ThreadPoolExecutor(1) as beside:  # from its first distillation on nothing depends on what was given
+        yield out, beside.submit(kill_when_there, out / "runs" / "kld" / "metrics.jsonl", run)
+
+
+@pytest.mark.usefixtures("on_given")
 @pytest.mark.timeout(900)
 def test_a_killed_demo_goes_on_with_the_step_it_was_in(tmp_path):
     """SIGKILL to all of its processes while it distils; the second start repeats nothing that was finished."""
     out = tmp_path / "demo"
-    first = demo("--out", out, "--scale", SMOKE)
-    deadline = time.monotonic() + 500
-    while not (out / "runs" / "tvd" / "metrics.jsonl").exists():
-        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
-        time.sleep(0.2)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    kill_when_there(out / "runs" / "tvd" / "metrics.jsonl", demo("--out", out, "--scale", SMOKE))
     done = json.loads((out / "demo.json").read_text())["seconds"]
     assert "distill kld" in done and "distill tvd" not in done
 
@@ -56,38 +78,8 @@ def test_a_killed_demo_goes_on_with_the_step_it_was_in(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_demo_on_given_data_and_target(tiny, tmp_path):
-    """A real target and real data take the place of what the demo would make."""
-    out = tmp_path / "demo"
-    seeds = tmp_path / "seeds.jsonl"
-    seeds.write_text("".join(json.dumps({"prompt": f"Say word {number}"}) + "\n" for number in range(60)))
-    given = ["--target", tiny.target, "--corpus", tiny.root / "text.jsonl", "--seeds", seeds]
-    run = demo("--out", out, "--scale", SMOKE, "--nproc", 1, *given)
-    try:  # from here on nothing depends on where data and target came from
-        while not (out / "runs" / "kld" / "metrics.jsonl").exists():
-            assert run.poll() is None, run.communicate()[0]
-            time.sleep(0.2)
-    finally:
-        if run.poll() is None:
-            os.killpg(run.pid, signal.SIGKILL)
+def test_a_demo_on_given_data_and_target(tiny, on_given):
+    out, distils = on_given
+    distils.result()
     assert not (out / "target").exists()
     assert read_drafter_config(out / "runs" / "base").vocab_size == tiny.vocab_size
-
-
-MISTAKES = {
-    "a missing corpus": (["--corpus", "nowhere.jsonl"], "nowhere.jsonl"),
-    "an empty corpus": (["--corpus", "empty.jsonl"], "empty.jsonl"),
-    "a missing target": (["--target", "./nowhere"], "nowhere"),
-    "no processes": (["--nproc", "0"], "'0' processes"),
-    "an unwritable folder": (["--out", "/proc/demo"], "--out /proc/demo: cannot be written"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_before_anything_starts(tmp_path, mistake):
-    arguments, expected = MISTAKES[mistake]
-    (tmp_path / "empty.jsonl").touch()
-    command = [sys.executable, "-m", "dist_train", "demo", "--out", tmp_path / "out", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and expected in done.stderr
