@@ -220,8 +220,9 @@ def test_mistakes_are_one_line_before_anything_starts(tiny, refused, tmp_path):
         assert message in refused(*command)
 
 
-def test_divergence_is_one_line_and_exit_code_2(tiny, cli, tmp_path):
-    done = cli(*distillation(tiny, tmp_path / "run", "train.learning_rate=1e30", "train.max_skipped=3"), expect=2)
+def test_divergence_is_one_line_and_exit_code_2(tiny, tmp_path):
+    options = ("train.learning_rate=1e30", "train.max_skipped=3")
+    done = run_by(1, *distillation(tiny, tmp_path / "run", *options), expect=2)
     assert "lower train.learning_rate" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
