@@ -120,7 +120,7 @@ def test_a_url_is_read_as_a_file(tmp_path):
 
 
 def test_two_runs_at_once_make_one_whole_corpus(command, tokenizer, tmp_path):
-    write(tmp_path / "a.jsonl", GOOD * 200)
+    write(tmp_path / "a.jsonl", GOOD * 100)
     assert command(*arguments(tmp_path / "a.jsonl", tokenizer, tmp_path / "alone"))[0] == 0
     line = [
         sys.executable,
