@@ -70,6 +70,7 @@ _os._exit(0)  # as the command line ends its ranks: PyTorch's threads may abort 
 """
 # Imports are most of the time that a small run takes. Ranks are forked from a process that has made them, and has done
 # nothing else: no tensor, no thread. Nothing here asks for a GPU; a process that did could not be forked any more.
+# pytest is the main module of the tests, which each forked process looks at.
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["torch._inductor.compile_fx", "transformers.models.llama.modeling_llama", "pytest"])
 
