@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -65,6 +68,21 @@ import os as _os, sys as _sys
 _sys.stdout.flush(), _sys.stderr.flush()
 _os._exit(0)  # as the command line ends its ranks: PyTorch's threads may abort an interpreter that goes down
 """
+# Imports are most of the time that a small run takes. Ranks are forked from a process that has made them, and has done
+# nothing else: no tensor, no thread. Nothing here asks for a GPU; a process that did could not be forked any more.
+# pytest is the main module of the tests, which each forked process looks at.
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["torch._inductor.compile_fx", "transformers.models.llama.modeling_llama", "pytest"])
+
+
+def _rank(code: str, arguments: list[str], environment: dict[str, str], outputs: list[Path]) -> None:
+    """What `python -c code arguments` does, from within a forked process."""
+    for descriptor, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["-c", *arguments]
+    exec(code + ENDED, {"__name__": "__main__"})
 
 
 def on_ranks(code: str, ranks: int, *arguments, timeout: float = 300, check: bool = True) -> list:
@@ -72,25 +90,27 @@ def on_ranks(code: str, ranks: int, *arguments, timeout: float = 300, check: boo
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", code + ENDED, *map(str, arguments)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    try:
-        found = [(process, *process.communicate(timeout=timeout)) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    done = [subprocess.CompletedProcess(p.args, p.returncode, out, err) for p, out, err in found]
+    words, processes, done = list(map(str, arguments)), [], []
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [[Path(folder, f"{rank}.{name}") for name in ("out", "err")] for rank in range(ranks)]
+        for rank in range(ranks):
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            processes.append(FORKED.Process(target=_rank, args=(code, words, environment, outputs[rank])))
+            processes[-1].start()
+        try:
+            for process in processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            codes = [process.exitcode for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+        for returned, paths in zip(codes, outputs, strict=True):
+            done.append(subprocess.CompletedProcess(words, returned, *(path.read_text() for path in paths)))
+    assert None not in codes, f"not done after {timeout} s: {done}"
     if check:
         for one in done:
             assert one.returncode == 0, f"{one.stdout}\n{one.stderr}"
@@ -112,3 +132,10 @@ os._exit(code)
 def patched(patch: str, ranks: int, *arguments, **options):
     """Two ranks of the command line with a piece of the program changed."""
     return on_ranks(STAGE.format(patch=patch), ranks, *arguments, **options)
+
+
+def run_by(ranks: int, *words, expect: int = 0, **options) -> subprocess.CompletedProcess:
+    """A command by so many ranks, as `--nproc` starts them, without the launching process; what the first one said."""
+    done = patched("", ranks, *words, check=False, **options)
+    assert {one.returncode for one in done} == {expect}, done
+    return done[0]

@@ -71,11 +71,11 @@ def test_half_a_surrogate_pair_is_an_encoding_fault(refused, tokenizer, tmp_path
     assert f"{tmp_path / 'a.jsonl'}:2: not Unicode" in complaint
 
 
-def test_faults_are_the_same_for_any_number_of_ranks(cli, tokenizer, tmp_path):
+def test_faults_are_the_same_for_any_number_of_ranks(cli, command, tokenizer, tmp_path):
     lines = [line for i in range(4) for line in (*GOOD, *(FAULTY[kind][0] for kind in list(FAULTY)[i:]))]
     write(tmp_path / "a.jsonl", lines)
     skip = [f"faults.{kind}=skip" for kind in FAULTY]
-    cli(*arguments(tmp_path / "a.jsonl", tokenizer, tmp_path / "1", *skip))
+    assert command(*arguments(tmp_path / "a.jsonl", tokenizer, tmp_path / "1", *skip))[0] == 0
     cli(*arguments(tmp_path / "a.jsonl", tokenizer, tmp_path / "3", *skip), "--nproc", 3)
     assert {p.name: p.read_bytes() for p in (tmp_path / "1").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "3").iterdir()
@@ -119,16 +119,16 @@ def test_a_url_is_read_as_a_file(tmp_path):
         assert [record for unit in units for record in read_records(unit)] == [json.loads(line) for line in GOOD]
 
 
-def test_two_runs_at_once_make_one_whole_corpus(cli, tokenizer, tmp_path):
-    write(tmp_path / "a.jsonl", GOOD * 200)
-    cli(*arguments(tmp_path / "a.jsonl", tokenizer, tmp_path / "alone"))
-    command = [
+def test_two_runs_at_once_make_one_whole_corpus(command, tokenizer, tmp_path):
+    write(tmp_path / "a.jsonl", GOOD * 100)
+    assert command(*arguments(tmp_path / "a.jsonl", tokenizer, tmp_path / "alone"))[0] == 0
+    line = [
         sys.executable,
         "-m",
         "dist_train",
         *map(str, arguments(tmp_path / "a.jsonl", tokenizer, tmp_path / "both")),
     ]
-    runs = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(3)]
+    runs = [subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) for _ in range(3)]
     for run in runs:
         _, complaint = run.communicate(timeout=120)
         assert run.returncode == 0, complaint.decode()

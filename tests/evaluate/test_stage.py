@@ -170,16 +170,10 @@ def test_greedy_answers_are_the_targets_own_and_texts_are_their_ids(tiny, comman
         assert row["response"] == reference.decode(expected)
 
 
-def test_answers_are_packed_as_they_were_sampled(tiny, cli, command, tmp_path):
+def test_answers_are_packed_as_they_were_sampled(tiny, command, tmp_path):
     assert command(*generation(tiny, tmp_path / "out"))[0] == 0
-    cli(
-        "prepare",
-        f"inputs={tmp_path / 'out'}",
-        "format=chat",
-        f"tokenizer={tiny.tokenizer}",
-        f"out={tmp_path / 'packed'}",
-        "sequence_length=64",
-    )
+    packing = ["format=chat", f"tokenizer={tiny.tokenizer}", f"out={tmp_path / 'packed'}", "sequence_length=64"]
+    assert command("prepare", f"inputs={tmp_path / 'out'}", *packing)[0] == 0
     corpus = ShardedTokens(tmp_path / "packed")
     rows = answers(tmp_path / "out")
     assert [corpus.document(i).tolist() for i in range(corpus.num_documents)] == [

@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 import yaml
-from runs import distillation
+from runs import distillation, run_by
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -61,10 +61,11 @@ def test_ids_and_template_are_the_targets(tiny, command, tmp_path):
     assert command("export", "--check", tiny.target, f"drafter={out}")[0] == 1
 
 
-def test_the_card_has_the_training_and_the_measurements(tiny, cli, command, tmp_path):
+def test_the_card_has_the_training_and_the_measurements(tiny, command, tmp_path):
     run, results, out = tmp_path / "run", tmp_path / "results", tmp_path / "out"
-    cli(*distillation(tiny, run, f"drafter.init_from={tiny.drafter}", steps=2))
-    cli(
+    run_by(1, *distillation(tiny, run, f"drafter.init_from={tiny.drafter}", steps=2))
+    run_by(
+        1,
         "evaluate",
         f"target.path={tiny.target}",
         "target.precision=fp32",

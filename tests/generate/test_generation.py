@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 from generations import files, generation, rows
-from runs import on_ranks
+from runs import on_ranks, run_by
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -99,7 +99,7 @@ def killed(command, ranks, seconds_after_first, folder):
     return not ended
 
 
-def series(tiny, cli, undisturbed, folder, kills, drawn):
+def series(tiny, undisturbed, folder, kills, drawn):
     """Kill it so many times, with a random number of ranks; how many units there were after each."""
     counts = []
     while len(counts) < kills:
@@ -109,7 +109,7 @@ def series(tiny, cli, undisturbed, folder, kills, drawn):
         else:  # all done: take half of it away again
             for path in drawn.sample(sorted(folder.glob("unit-*.parquet")), 15):
                 path.unlink()
-    cli(*generation(tiny, folder), "--nproc", drawn.randint(2, 3))
+    run_by(drawn.randint(2, 3), *generation(tiny, folder))
     assert files(folder) == files(undisturbed)
     answered = [(row["temperature"], row["seed"]) for row in rows(folder)]
     assert len(set(answered)) == len(answered) == 120
@@ -118,9 +118,9 @@ def series(tiny, cli, undisturbed, folder, kills, drawn):
     return counts
 
 
-def test_a_killed_generation_goes_on(tiny, cli, undisturbed, tmp_path):
+def test_a_killed_generation_goes_on(tiny, undisturbed, tmp_path):
     out = tmp_path / "out"
-    counts = series(tiny, cli, undisturbed, out, 2, random.Random(1))
+    counts = series(tiny, undisturbed, out, 2, random.Random(1))
     assert 0 < counts[0] < 30
 
 
@@ -145,8 +145,8 @@ def test_ctrl_c_drops_the_units_under_way_and_the_same_command_goes_on(tiny, fak
 
 
 @pytest.mark.campaign
-def test_twenty_kills(tiny, cli, undisturbed, tmp_path):
-    counts = series(tiny, cli, undisturbed, tmp_path / "out", 20, random.Random(int(os.environ.get("SEED", 0))))
+def test_twenty_kills(tiny, undisturbed, tmp_path):
+    counts = series(tiny, undisturbed, tmp_path / "out", 20, random.Random(int(os.environ.get("SEED", 0))))
     print(f"units after each of 20 kills: {counts}")
 
 
@@ -222,6 +222,6 @@ def test_a_full_disk_is_told_and_leaves_whole_files(tiny, undisturbed, tmp_path)
 
 def test_a_fault_of_one_rank_is_told_by_that_rank(tiny, tmp_path):
     """The disk of its node is full, say; rank 0 knows nothing of it."""
-    _, second = on_ranks(FULL_DISK.format(limit=100), 2, *generation(tiny, tmp_path / "out"), check=False)
+    _, second = on_ranks(FULL_DISK.format(limit=1000), 2, *generation(tiny, tmp_path / "out"), check=False)
     assert second.returncode == 2
     assert "dist-train generate: rank 1: " in second.stderr and "cannot be written: File too large" in second.stderr

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from runs import arguments, distillation, losses, patched
+from runs import arguments, distillation, losses, patched, run_by
 from safetensors.torch import load_file, save_file
 
 from dist_train.config import TrainSection
@@ -34,52 +34,53 @@ def names(run):
     return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
 
 
-def test_damaged_checkpoints_do_not_count_and_copies_do_not_matter(tiny, cli, run, finished):
+def test_damaged_checkpoints_do_not_count_and_copies_do_not_matter(tiny, run, finished):
     newest = run / "checkpoints" / "step-00000006"
     shutil.copytree(newest, newest.with_name("step-00000006.bak"))
     torn = next(newest.glob("optimizer-*"))
     torn.write_bytes(torn.read_bytes()[:-10])
-    done = cli(*distillation(tiny, run, "checkpoint.keep=1", steps=5))
+    done = run_by(1, *distillation(tiny, run, "checkpoint.keep=1", steps=5))
     assert "is damaged" in done.stderr
     assert names(run) == ["step-00000005", "step-00000006.bak", "step-00000006.damaged"]
     assert (run / "checkpoints" / "latest").read_text() == "step-00000005\n"
     assert losses(run) == losses(finished)[:4] + losses(run)[4:]
 
 
-def test_a_torn_manifest_is_listed_and_passed_over(tiny, cli, run):
+def test_a_torn_manifest_is_listed_and_passed_over(tiny, command, run):
     (run / "checkpoints" / "step-00000006" / "manifest.json").write_text('{"torn')
-    listed = cli("checkpoint", "ls", run, expect=1).stdout
+    code, listed, _ = command("checkpoint", "ls", run)
+    assert code == 1
     assert "step-00000004  " in listed and "written by 1 ranks" in listed and "torn" in listed
-    assert "resuming at step 4" in cli(*distillation(tiny, run), "--resume").stdout
+    assert "resuming at step 4" in run_by(1, *distillation(tiny, run), "--resume").stdout
 
 
-def test_a_target_of_other_weights_and_a_drafter_of_other_heads_are_named(tiny, cli, run, tmp_path):
+def test_a_target_of_other_weights_and_a_drafter_of_other_heads_are_named(tiny, run, tmp_path):
     target = tmp_path / "target"
     shutil.copytree(tiny.target, target)
     weights = load_file(target / "model.safetensors")
     weights["model.layers.0.self_attn.q_proj.weight"] += 1
     save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
     config = (run / "config.yaml").read_text()
-    done = cli(*distillation(tiny, run, f"target.path={target}", steps=7), expect=2)
+    done = run_by(1, *distillation(tiny, run, f"target.path={target}", steps=7), expect=2)
     assert "is not the one this run was begun with" in done.stderr
     shutil.copytree(tiny.target, tmp_path / "whole")
     shutil.copytree(target, tiny.target, dirs_exist_ok=True)  # in its place: only the weights tell
     try:
-        done = cli(*distillation(tiny, run, steps=7), expect=2)
+        done = run_by(1, *distillation(tiny, run, steps=7), expect=2)
     finally:
         shutil.copytree(tmp_path / "whole", tiny.target, dirs_exist_ok=True)
     assert "its weights or configuration changed" in done.stderr
-    done = cli(*distillation(tiny, run, "drafter.heads=1", steps=7), expect=2)
+    done = run_by(1, *distillation(tiny, run, "drafter.heads=1", steps=7), expect=2)
     assert "the drafter's head_dim is 16, it was 8" in done.stderr
     assert (run / "config.yaml").read_text() == config
 
 
-def test_damaged_weights_begin_no_other_run(tiny, cli, run, tmp_path):
+def test_damaged_weights_begin_no_other_run(tiny, run, tmp_path):
     file = next((run / "checkpoints" / "step-00000006" / "model").glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    done = cli(*distillation(tiny, tmp_path / "next", f"drafter.init_from={run}"), expect=2)
+    done = run_by(1, *distillation(tiny, tmp_path / "next", f"drafter.init_from={run}"), expect=2)
     assert "is damaged" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 

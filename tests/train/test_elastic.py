@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from runs import distillation, losses, on_ranks, weights
+from runs import distillation, losses, on_ranks, run_by, weights
 
 STOPPED, STEPS = 3, 23
 WAYS = [  # made under, gone on with: ZeRO stage, ranks, and micro-batch
@@ -21,13 +21,13 @@ WAYS = [  # made under, gone on with: ZeRO stage, ranks, and micro-batch
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny, cli, tmp_path_factory):
+def undisturbed(tiny, tmp_path_factory):
     """Runs of two ranks under ZeRO-2 and ZeRO-3, and what each had left after its first checkpoint."""
     folder = tmp_path_factory.mktemp("undisturbed")
     for stage in ("zero2", "zero3"):
         options = (f"train.deepspeed={stage}", f"checkpoint.every={STEPS - STOPPED}", "train.ema_decay=0.9")
         stop = (f"checkpoint.every={STOPPED}", f"checkpoint.keep_every={STOPPED}", "checkpoint.keep=99")
-        cli(*distillation(tiny, folder / stage, *options, *stop, steps=STEPS), "--nproc", 2)
+        run_by(2, *distillation(tiny, folder / stage, *options, *stop, steps=STEPS))
     return folder
 
 
@@ -42,11 +42,11 @@ def left_over(run, out):
 
 @pytest.mark.parametrize(("made", "stage", "ranks", "micro_batch"), WAYS)
 def test_other_ranks_and_stages_go_on_as_if_nothing_had_happened(
-    tiny, cli, tmp_path, undisturbed, made, stage, ranks, micro_batch
+    tiny, tmp_path, undisturbed, made, stage, ranks, micro_batch
 ):
     left_over(undisturbed / made, tmp_path / "run")
     options = (f"train.deepspeed={stage}", f"train.micro_batch={micro_batch}", "train.ema_decay=0.9")
-    done = cli(*distillation(tiny, tmp_path / "run", *options, steps=STEPS), "--nproc", ranks, "--resume")
+    done = run_by(ranks, *distillation(tiny, tmp_path / "run", *options, steps=STEPS), "--resume")
     assert f"resuming at step {STOPPED}" in done.stdout
     # A sample that was repeated or left out would show: these losses are of the undisturbed run's own batches.
     assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed / made), rel=1e-4)
@@ -56,10 +56,10 @@ def test_other_ranks_and_stages_go_on_as_if_nothing_had_happened(
             assert torch.allclose(weight, expected[name], atol=1e-3), (folder, name)
 
 
-def test_the_average_of_weights_is_that_of_its_definition(tiny, cli, tmp_path):
+def test_the_average_of_weights_is_that_of_its_definition(tiny, tmp_path):
     run = tmp_path / "run"
     options = ("train.ema_decay=0.8", "checkpoint.every=1", "checkpoint.keep=9")
-    cli(*distillation(tiny, run, *options, steps=4), "--nproc", 2)
+    run_by(2, *distillation(tiny, run, *options, steps=4))
     average = None
     for step in range(1, 5):
         (run / "checkpoints" / "latest").write_text(f"step-{step:08d}\n")
@@ -150,7 +150,7 @@ with started() as runtime:
 """
 
 
-def test_deepspeed_alone_goes_on_from_a_converted_checkpoint(cli, tmp_path, undisturbed):
+def test_deepspeed_alone_goes_on_from_a_converted_checkpoint(cli, refused, tmp_path, undisturbed):
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     left_over(undisturbed / "zero3", tmp_path / "run")
@@ -163,4 +163,4 @@ def test_deepspeed_alone_goes_on_from_a_converted_checkpoint(cli, tmp_path, undi
     (tmp_path / "run" / "checkpoints" / "latest").write_text(f"step-{STOPPED:08d}\n")
     for name, weight in weights(tmp_path / "run").items():
         assert torch.equal(found[name], weight), name
-    assert "is there already" in cli(*command, expect=2).stderr
+    assert "is there already" in refused(*command)

@@ -9,7 +9,7 @@ import sys
 import time
 
 import pytest
-from runs import STAGE, distillation, figures, losses, patched, weights
+from runs import STAGE, distillation, figures, losses, patched, run_by, weights
 
 NOT_FINITE = """
 import torch
@@ -103,17 +103,18 @@ def test_a_rank_that_is_gone_is_told_by_the_others(tiny, tmp_path):
 
 def test_a_left_over_process_writes_nothing_more(tiny, tmp_path):
     """It wakes up after its successor has begun, as after a node that SLURM took for dead."""
-    patch = HANG.replace("self.runtime.rank == 1", "True").replace("time.sleep(600)", "time.sleep(25)")
+    awake = tmp_path / "awake"
+    patch = HANG.replace("self.runtime.rank == 1", "True").replace("import time", "import os, time")
+    patch = patch.replace("time.sleep(600)", f"while not os.path.exists({str(awake)!r}): time.sleep(0.1)")
     command = distillation(tiny, tmp_path / "run", "checkpoint.every=2", steps=10)
     code = [sys.executable, "-c", STAGE.format(patch=patch), *command]
     left_over = subprocess.Popen(code, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "checkpoints" / "latest").exists():
         time.sleep(0.1)
         assert left_over.poll() is None
-    successor = [sys.executable, "-m", "dist_train", *command]
-    done = subprocess.run(successor, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_by(1, *command)
     after = losses(tmp_path / "run")
+    awake.touch()
     _, complaint = left_over.communicate(timeout=120)
     assert left_over.returncode == 2
     assert "this process ends without writing more" in complaint
@@ -133,21 +134,27 @@ checkpoint.save_file = full
 """
 
 
-def test_a_full_disk_leaves_the_checkpoints_before_whole(tiny, cli, tmp_path):
-    command = distillation(tiny, tmp_path / "run", "checkpoint.every=2", steps=8)
-    done = patched(FULL_DISK, 2, *command, check=False)
+def test_a_full_disk_leaves_the_checkpoints_before_whole(tiny, command, tmp_path):
+    words = distillation(tiny, tmp_path / "run", "checkpoint.every=2", steps=8)
+    done = patched(FULL_DISK, 2, *words, check=False)
     assert all(one.returncode == 2 for one in done), [one.stderr for one in done]
     assert "No space left on device" in done[0].stderr and "free space and start again" in done[0].stderr
-    assert "step-00000002" in cli("checkpoint", "verify", tmp_path / "run").stdout
-    assert "resuming at step 2" in cli(*command, "--nproc", 2).stdout
-    cli(*distillation(tiny, tmp_path / "whole", steps=8), "--nproc", 2)
+    code, said, _ = command("checkpoint", "verify", tmp_path / "run")
+    assert code == 0 and "step-00000002" in said
+    assert "resuming at step 2" in run_by(2, *words).stdout
+    run_by(2, *distillation(tiny, tmp_path / "whole", steps=8))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
 CLOCK = """
 import time
-real, began = time.time, time.monotonic()
-time.time = lambda: real() - 86_400 * (time.monotonic() - began > 8)
+clock, step, back = time.time, loop.Training._optimizer_step, 0
+time.time = lambda: clock() - back
+def jumping(self, batches, stop):
+    global back
+    back = 86_400 * (self.step >= 10)
+    return step(self, batches, stop)
+loop.Training._optimizer_step = jumping
 """
 
 
@@ -158,21 +165,21 @@ def test_a_clock_that_jumps_back_a_day_changes_nothing(tiny, tmp_path):
     assert all(0 < line["perf/tokens_per_s"] < 1e7 for line in lines)
 
 
-def test_what_changed_since_the_checkpoint_is_named(tiny, cli, tmp_path):
+def test_what_changed_since_the_checkpoint_is_named(tiny, tmp_path):
     command = distillation(tiny, tmp_path / "run", "checkpoint.every=3", steps=6)
-    cli(*command)
+    run_by(1, *command)
     target = tmp_path / "target"
     shutil.copytree(tiny.target, target)
     config = target / "config.json"
     config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
-    assert "is not the one this run was begun with" in cli(*command, f"target.path={target}", expect=2).stderr
-    assert "training data" in cli(*command, f"data.sources=[{{path: {tiny.chats}}}]", expect=2).stderr
-    assert "drafter.*" in cli(*command, "drafter.mlp_size=64", expect=2).stderr
+    assert "is not the one this run was begun with" in run_by(1, *command, f"target.path={target}", expect=2).stderr
+    assert "training data" in run_by(1, *command, f"data.sources=[{{path: {tiny.chats}}}]", expect=2).stderr
+    assert "drafter.*" in run_by(1, *command, "drafter.mlp_size=64", expect=2).stderr
 
 
-def test_logs_of_every_rank_and_where_the_time_went(tiny, cli, tmp_path):
+def test_logs_of_every_rank_and_where_the_time_went(tiny, tmp_path):
     options = ("log.every=2", "log.profile=2")
-    cli(*distillation(tiny, tmp_path / "run", *options, steps=8), "--nproc", 2)
+    run_by(2, *distillation(tiny, tmp_path / "run", *options, steps=8))
     for rank in range(2):
         log = (tmp_path / "run" / "logs" / f"rank-{rank:05d}.log").read_text()
         assert f"process {os.getpid()}" not in log

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from runs import arguments, figures
+from runs import arguments, distillation, figures, losses, run_by
 
 from dist_train.errors import UserError
 
@@ -30,7 +30,7 @@ def test_block_efficiency_is_that_of_every_window_counted_by_hand():
         assert found == pytest.approx((total, count), rel=1e-12)
 
 
-def test_held_out_figures_do_not_depend_on_ranks_and_are_those_of_whole_logits(tiny, cli, tmp_path):
+def test_held_out_figures_do_not_depend_on_ranks_and_are_those_of_whole_logits(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from data_shards import ShardedTokens
@@ -46,7 +46,7 @@ def test_held_out_figures_do_not_depend_on_ranks_and_are_those_of_whole_logits(t
     for ranks, micro_batch in ((1, 4), (2, 2)):
         run = tmp_path / str(ranks)
         keys = arguments(tiny, run, *options, f"train.micro_batch={micro_batch}", steps=2)
-        cli("pretrain", *keys, "--nproc", ranks)
+        run_by(ranks, "pretrain", *keys)
         found[ranks] = {tag: value for tag, value in figures(run)[-1].items() if tag.startswith("eval/")}
     assert found[1] == pytest.approx(found[2], rel=1e-4)
 
@@ -159,10 +159,8 @@ class TestOnPolicy:
         assert self.written(0.5, tiny)[1].labels.equal(after.labels)
         assert not self.written(0.5, tiny, number=1)[1].labels.equal(after.labels)
 
-    def test_a_run_with_it_trains_the_same_at_every_number_of_ranks(self, tiny, cli, tmp_path):
-        from runs import distillation, losses
-
+    def test_a_run_with_it_trains_the_same_at_every_number_of_ranks(self, tiny, tmp_path):
         options = ("on_policy={share: 0.5, every: 2}", "train.micro_batch=2")
         for ranks in (1, 2):
-            cli(*distillation(tiny, tmp_path / str(ranks), *options), "--nproc", ranks)
+            run_by(ranks, *distillation(tiny, tmp_path / str(ranks), *options))
         assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-4)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import arguments, distillation, losses, weights
+from runs import arguments, distillation, losses, run_by, weights
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +64,12 @@ def test_a_run_is_a_plain_pytorch_loop(tiny, cli, tmp_path):
 
 
 @pytest.mark.parametrize("normalize", ["position", "batch"])
-def test_one_rank_and_two_ranks_take_the_same_steps(tiny, cli, tmp_path, normalize):
+def test_one_rank_and_two_ranks_take_the_same_steps(tiny, tmp_path, normalize):
     runs = []
     for ranks, micro_batch in ((1, 4), (2, 2)):
         runs.append(tmp_path / str(ranks))
         options = (f"loss.tvdpp_normalize={normalize}", f"train.micro_batch={micro_batch}")
-        cli(*distillation(tiny, runs[-1], *options), "--nproc", ranks)
+        run_by(ranks, *distillation(tiny, runs[-1], *options))
     assert losses(runs[0]) == pytest.approx(losses(runs[1]), rel=1e-5)
     for name, weight in weights(runs[0]).items():
         assert torch.allclose(weight, weights(runs[1])[name], atol=1e-4), name
@@ -79,18 +79,18 @@ SHARDINGS = ["train.deepspeed=zero0", "train.deepspeed=zero2", "train.deepspeed=
 
 
 @pytest.mark.parametrize("option", SHARDINGS)
-def test_every_sharding_gives_the_same_losses(tiny, cli, tmp_path, reference, option):
-    cli(*distillation(tiny, tmp_path / "run", option), "--nproc", 2)
+def test_every_sharding_gives_the_same_losses(tiny, tmp_path, reference, option):
+    run_by(2, *distillation(tiny, tmp_path / "run", option))
     assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=1e-5)
     for name, weight in weights(tmp_path / "run").items():
         assert torch.allclose(weight, weights(reference)[name], atol=1e-4), name
 
 
 @pytest.fixture(scope="module")
-def beside_a_whole_target(tiny, cli, tmp_path_factory):
+def beside_a_whole_target(tiny, tmp_path_factory):
     """Twenty losses of pretraining with the target in the loop, whole on each of two ranks."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    cli(*online(tiny, out, "target.sharding=replicate"), "--nproc", 2)
+    run_by(2, *online(tiny, out, "target.sharding=replicate"))
     return losses(out)
 
 
@@ -100,10 +100,8 @@ def online(tiny, out, *more):
 
 
 @pytest.mark.parametrize(("sharding", "ranks"), [("zero3", 2), ("zero3", 4), ("tp", 2), ("tp", 4)])
-def test_a_sharded_target_in_the_loop_gives_the_same_losses(
-    tiny, cli, tmp_path, beside_a_whole_target, sharding, ranks
-):
-    cli(*online(tiny, tmp_path / "run", f"target.sharding={sharding}"), "--nproc", ranks)
+def test_a_sharded_target_in_the_loop_gives_the_same_losses(tiny, tmp_path, beside_a_whole_target, sharding, ranks):
+    run_by(ranks, *online(tiny, tmp_path / "run", f"target.sharding={sharding}"))
     assert losses(tmp_path / "run") == pytest.approx(beside_a_whole_target, rel=1e-5)
 
 
@@ -123,21 +121,21 @@ def test_resuming_is_as_if_nothing_had_happened(tiny, cli, tmp_path, reference):
         assert torch.equal(weight, weights(reference)[name]), name
 
 
-def test_a_torn_newest_checkpoint_is_passed_over_loudly(tiny, cli, tmp_path, reference):
+def test_a_torn_newest_checkpoint_is_passed_over_loudly(tiny, command, tmp_path, reference):
     shutil.copytree(reference, tmp_path / "run")
     torn = next((tmp_path / "run" / "checkpoints" / "step-00000006").glob("optimizer-*"))
     torn.write_bytes(torn.read_bytes()[:-100])
-    listed = cli("checkpoint", "verify", tmp_path / "run", expect=1)
-    assert torn.name in listed.stdout
-    done = cli(*distillation(tiny, tmp_path / "run", "checkpoint.every=3"), "--nproc", 2)
+    code, listed, _ = command("checkpoint", "verify", tmp_path / "run")
+    assert code == 1 and torn.name in listed
+    done = run_by(2, *distillation(tiny, tmp_path / "run", "checkpoint.every=3"))
     assert torn.name in done.stderr
     assert "going back to the one before" in done.stderr
     assert losses(tmp_path / "run") == losses(reference)
 
 
-def test_sigterm_saves_at_a_step_boundary_and_the_same_command_goes_on(tiny, cli, tmp_path):
+def test_sigterm_saves_at_a_step_boundary_and_the_same_command_goes_on(tiny, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    cli(*distillation(tiny, whole, steps=40), "--nproc", 2)
+    run_by(2, *distillation(tiny, whole, steps=40))
     command = [sys.executable, "-m", "dist_train", *distillation(tiny, stopped, steps=40), "--nproc", "2"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     while not (stopped / "metrics.jsonl").exists():
@@ -149,28 +147,28 @@ def test_sigterm_saves_at_a_step_boundary_and_the_same_command_goes_on(tiny, cli
     assert running.returncode == 0
     assert "stopped on request" in output
     assert len(losses(stopped)) < 40
-    cli(*distillation(tiny, stopped, steps=40), "--nproc", 2)
+    run_by(2, *distillation(tiny, stopped, steps=40))
     assert losses(stopped) == losses(whole)
 
 
-def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny, cli, tmp_path):
-    kill_and_resume(tiny, cli, tmp_path, kills=2)
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny, tmp_path):
+    kill_and_resume(tiny, tmp_path, kills=2)
 
 
 @pytest.mark.campaign
 @pytest.mark.timeout(3600)
-def test_thirty_kills(tiny, cli, tmp_path):
-    kill_and_resume(tiny, cli, tmp_path, kills=30)
+def test_thirty_kills(tiny, tmp_path):
+    kill_and_resume(tiny, tmp_path, kills=30)
 
 
-def kill_and_resume(tiny, cli, tmp_path, kills):
+def kill_and_resume(tiny, tmp_path, kills):
     """SIGKILL to the launcher alone: its ranks die with it; the same command resumes."""
     import random
 
     drawn = random.Random(0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = {"steps": 30 * kills}
-    cli(*distillation(tiny, whole, "checkpoint.every=5", **options), "--nproc", 2, timeout=900)
+    run_by(2, *distillation(tiny, whole, "checkpoint.every=5", **options), timeout=900)
     command = [sys.executable, "-m", "dist_train", *distillation(tiny, killed, "checkpoint.every=5", **options)]
     for _ in range(kills):
         running = subprocess.Popen([*command, "--nproc", "2"], stdout=subprocess.PIPE, text=True)
@@ -180,7 +178,7 @@ def kill_and_resume(tiny, cli, tmp_path, kills):
         time.sleep(drawn.random() * 1.5)
         running.kill()
         running.wait()
-    cli(*distillation(tiny, killed, "checkpoint.every=5", **options), "--nproc", 2, timeout=900)
+    run_by(2, *distillation(tiny, killed, "checkpoint.every=5", **options), timeout=900)
     assert losses(killed) == losses(whole)
     for name, weight in weights(killed).items():
         assert torch.equal(weight, weights(whole)[name]), name
@@ -222,23 +220,25 @@ def test_mistakes_are_one_line_before_anything_starts(tiny, refused, tmp_path):
         assert message in refused(*command)
 
 
-def test_divergence_is_one_line_and_exit_code_2(tiny, cli, tmp_path):
-    done = cli(*distillation(tiny, tmp_path / "run", "train.learning_rate=1e30", "train.max_skipped=3"), expect=2)
+def test_divergence_is_one_line_and_exit_code_2(tiny, tmp_path):
+    options = ("train.learning_rate=1e30", "train.max_skipped=3")
+    done = run_by(1, *distillation(tiny, tmp_path / "run", *options), expect=2)
     assert "lower train.learning_rate" in done.stderr
     assert done.stderr.count("\n") == 1, done.stderr
 
 
-def test_a_drafter_of_another_vocabulary_is_refused(tiny, cli, tmp_path):
+def test_a_drafter_of_another_vocabulary_is_refused(tiny, tmp_path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=384, **shape)).save_pretrained(tmp_path / "other")
-    done = cli(*distillation(tiny, tmp_path / "run", f"drafter.init_from={tmp_path / 'other'}"), expect=2)
+    done = run_by(1, *distillation(tiny, tmp_path / "run", f"drafter.init_from={tmp_path / 'other'}"), expect=2)
     assert "a vocabulary of 384, not the 320 of this run" in done.stderr
 
 
-def test_warm_start_begins_from_the_weights_of_another_run(tiny, cli, tmp_path, reference):
-    cli(*distillation(tiny, tmp_path / "run", f"drafter.init_from={reference}", "train.learning_rate=1e-12", steps=1))
+def test_warm_start_begins_from_the_weights_of_another_run(tiny, tmp_path, reference):
+    options = (f"drafter.init_from={reference}", "train.learning_rate=1e-12")
+    run_by(1, *distillation(tiny, tmp_path / "run", *options, steps=1))
     for name, weight in weights(tmp_path / "run").items():
         assert torch.allclose(weight, weights(reference)[name], atol=1e-6), name
 
