@@ -97,8 +97,7 @@ def test_a_server_that_tells_no_ids(tiny, here, fake_server, tmp_path):
 )
 def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, here, fake_server, tmp_path, server, options, message):
     url = "http://127.0.0.1:9/v1" if server is None else fake_server(**server).url
-    # Threads of this process that ask a server after its end would be waited for ten minutes when the tests are done.
-    code, _, complaint = here(*asking(tiny, tmp_path / "out", url, "engine.patience=5", *options))
+    code, _, complaint = here(*asking(tiny, tmp_path / "out", url, *options))
     assert code == 2
     assert message in complaint and complaint.count("\n") == 1, complaint
     assert not files(tmp_path / "out")
