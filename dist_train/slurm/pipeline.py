@@ -59,7 +59,9 @@ def check_rest(config: Any, awaited: Collection[str]) -> None:
     given = {key: text for key, text in [*_inputs(config), *_models(config)] if key not in awaited}
     target = config.target if "target.path" in given else None
     size = read_target_config(target).vocab_size if target else None
-    tokenizer = load_target_tokenizer(target, given["tokenizer"]) if "tokenizer" in given else None
+    tokenizer, trains = None, hasattr(config, "data")
+    if "tokenizer" in given:
+        tokenizer = load_target_tokenizer(target, given["tokenizer"], strict=not trains)
     for key, text in given.items():
         if key.startswith("drafter"):
             found = read_drafter_config(Path(text)).vocab_size

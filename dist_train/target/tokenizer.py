@@ -8,13 +8,15 @@ from typing import Any
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
 from dist_train.target.load import check_vocabulary, read_target_config
-from dist_train.tokenizer import PROBES, Tokenizer, differences, load_tokenizer
+from dist_train.tokenizer import PROBES, Tokenizer, differences, load_tokenizer, piece_difference
 
 
-def load_target_tokenizer(section: TargetSection | None, source: str | None) -> Tokenizer:
+def load_target_tokenizer(section: TargetSection | None, source: str | None, *, strict: bool = True) -> Tokenizer:
     """The tokenizer at `source`, or where that is None the target's own; no model is loaded, nor a target needed.
 
-    Raises UserError where `source` is not what the target has beside it, or has ids that the target does not know.
+    Raises UserError where `source` is not what the target has beside it, or has ids that the target does not know. Not
+    `strict`: where the same id stands for another piece. A target whose tokenizer got more of them, or cuts texts in
+    another way, can judge the ids of a corpus all the same.
     """
     if section is None:
         return load_tokenizer(str(source))
@@ -28,10 +30,9 @@ def load_target_tokenizer(section: TargetSection | None, source: str | None) -> 
         own = load_tokenizer(section.path, section.revision)
     except UserError:  # none there to compare with
         return tokenizer
-    if found := differences(tokenizer, own, PROBES):
-        raise UserError(
-            f"{source} is not the tokenizer of {section.path}: {'; '.join(found)}; set tokenizer={section.path}"
-        )
+    found = differences(tokenizer, own, PROBES) if strict else [piece_difference(tokenizer, own)]
+    if why := "; ".join(filter(None, found)):
+        raise UserError(f"{source} is not the tokenizer of {section.path}: {why}; set tokenizer={section.path}")
     return tokenizer
 
 

@@ -5,7 +5,7 @@ export; one that exists only as Hugging Face files by `tokenizers`.
 """
 
 from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Message, Tokenizer
-from dist_train.tokenizer.check import PROBES, conversion_note, differences
+from dist_train.tokenizer.check import PROBES, conversion_note, differences, piece_difference
 from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
 from dist_train.tokenizer.load import load_tokenizer
 from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -21,5 +21,6 @@ __all__ = [
     "conversion_note",
     "differences",
     "load_tokenizer",
+    "piece_difference",
     "train_tokenizer",
 ]

@@ -23,10 +23,8 @@ def differences(a: Tokenizer, b: Tokenizer, texts: Sequence[str]) -> list[str]:
     found = []
     if a.vocab_size != b.vocab_size:
         found.append(f"vocabulary: {a.vocab_size} pieces, {b.vocab_size} pieces")
-    changed = [i for i in range(min(a.vocab_size, b.vocab_size)) if a.piece(i) != b.piece(i)]
-    if changed:
-        i = changed[0]
-        found.append(f"pieces: {len(changed)} ids differ, the first is {i}: {a.piece(i)!r}, {b.piece(i)!r}")
+    if difference := piece_difference(a, b):
+        found.append(difference)
     found += [
         f"{name}: {getattr(a, name)}, {getattr(b, name)}"
         for name in ("bos_id", "eos_id", "adds_bos", "byte_fallback")
@@ -35,6 +33,15 @@ def differences(a: Tokenizer, b: Tokenizer, texts: Sequence[str]) -> list[str]:
     if difference := _encoding_difference(a, b, texts):
         found.append(f"encoding: {difference}")
     return found
+
+
+def piece_difference(a: Tokenizer, b: Tokenizer) -> str | None:
+    """The ids that both have and that stand for different pieces, in one line."""
+    changed = [i for i in range(min(a.vocab_size, b.vocab_size)) if a.piece(i) != b.piece(i)]
+    if not changed:
+        return None
+    i = changed[0]
+    return f"pieces: {len(changed)} ids differ, the first is {i}: {a.piece(i)!r}, {b.piece(i)!r}"
 
 
 def conversion_note(tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:

@@ -33,7 +33,7 @@ from dist_train.train.timing import Phases, throughput
 
 def check(config: TrainConfig) -> None:
     """Everything that can be known to be wrong before a process group starts. Raises UserError or DataError."""
-    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer, strict=False)
     for source in config.data.sources:
         check_corpus(source.path, tokenizer, config)
     if config.target is None and needs_target(config.objective):
@@ -134,7 +134,7 @@ def _planned_shape(config: TrainConfig) -> Any:
     warm = config.drafter.init_from
     if warm:
         return read_drafter_config(warm)
-    return _shape(config, load_target_tokenizer(config.target, config.tokenizer))
+    return _shape(config, load_target_tokenizer(config.target, config.tokenizer, strict=False))
 
 
 def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
@@ -156,7 +156,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
     """The parts of a run, each from its section of the configuration."""
     lease = Lease(config.run.dir)
     runtime.agree(lease.take)
-    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer, strict=False)
     # Cross-entropy alone takes nothing of the target but the size of its vocabulary.
     target = Target(config.target, runtime) if config.target and needs_target(config.objective) else None
     if config.drafter.init_from is not None:

@@ -6,6 +6,11 @@ import shutil
 
 import pytest
 from runs import distillation, on_ranks
+from transformers import AutoTokenizer
+
+from dist_train.config import TargetSection
+from dist_train.errors import UserError
+from dist_train.target import load_target_tokenizer
 
 SIZES = {
     "vocab_size": 320,
@@ -177,3 +182,14 @@ def test_a_tokenizer_of_other_pieces_is_refused(tiny, other_tokenizer, refused, 
     told = refused(*distillation(tiny, tmp_path / "run", f"tokenizer={other_tokenizer}"))
     assert f"{other_tokenizer} is not the tokenizer of {tiny.target}: pieces: " in told
     assert f"set tokenizer={tiny.target}" in told
+
+
+def test_a_target_with_an_added_token_can_judge_the_corpora_before(tiny, tmp_path):
+    target, more = shutil.copytree(tiny.target, tmp_path / "target"), AutoTokenizer.from_pretrained(tiny.target)
+    more.add_tokens(["<pad-of-a-fine-tune>"], special_tokens=True)
+    more.save_pretrained(target)
+    section = TargetSection(path=str(target))
+    found = load_target_tokenizer(section, str(tiny.tokenizer), strict=False)
+    assert found.vocab_size == tiny.vocab_size
+    with pytest.raises(UserError, match="vocabulary: 320 pieces, 321 pieces"):  # what is asked of it would lack them
+        load_target_tokenizer(section, str(tiny.tokenizer))
