@@ -25,8 +25,8 @@ from dist_train.units import Units, refuse_other_plan, unit_seed
 __all__ = ["check", "memory_report", "run"]
 
 UNITS = "units"
-BATCHES_A_UNIT = 4
-"""A unit is what a killed evaluation repeats, and what a batch is kept full from."""
+BATCHES_A_UNIT = 8
+"""A unit is what a killed evaluation repeats, and what a batch is kept full from: only at its end it runs dry."""
 
 
 def check(config: EvaluateConfig) -> None:

@@ -12,8 +12,9 @@ the same gamma and the same prompts:
 - the leanest loop that we could write in that manner: batch 1, key-value caches that are allocated once and cut back to
   what was accepted, as Spec-Bench's scripts for drafting heads have them, without anything around it.
 
-Each gets a turn in each round; figures are medians of rounds. Block efficiency must be the same for all: where float32
-rounds a tie another way, a text and its blocks differ, so it is compared to 1 %.
+Ours decodes, at demo scale, as many prompts as a unit of `dist-train evaluate` has. Each gets a turn in each round;
+figures are medians of rounds. Block efficiency must be the same for all: where float32 rounds a tie another way, a text
+and its blocks differ, so it is compared to 1 %.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import logging
 
 from dist_train.evaluate.speculative import speculative_generate
+from dist_train.evaluate.stage import BATCHES_A_UNIT
 from dist_train.kv_cache import as_argument
 
 Prompts = list[list[int]]
@@ -41,7 +43,7 @@ SCALES: dict[str, dict[str, Any]] = {
         "drafter": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 176},
         "vocab_size": 2048,
         "noise": 0.1,
-        "ours": 128,
+        "ours": BATCHES_A_UNIT * 32,
         "peers": 16,
     },
     "300m": {
