@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+
+from dist_train.runtime import free_port
 
 SHAPE = [
     "drafter.hidden_size=16",
@@ -87,9 +88,7 @@ def _rank(code: str, arguments: list[str], environment: dict[str, str], outputs:
 
 def on_ranks(code: str, ranks: int, *arguments, timeout: float = 300, check: bool = True) -> list:
     """Execute Python code in `ranks` processes that know each other; what each returned, printed and complained."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words, processes, done = list(map(str, arguments)), [], []
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory() as folder:

@@ -148,12 +148,12 @@ def _plan_stage(stage: Stage, config: Any, machine: Any, assumed: Any, options: 
 def _count_seeds(config: Any) -> int:
     """As generate finds them; a tokenizer is needed only where their tokens are limited."""
     from dist_train.prompts import read_all_seeds
-    from dist_train.tokenizer import load_tokenizer
+    from dist_train.target import named_tokenizer
 
     sections = [config.seeds, *config.more_seeds]
     limited = any(section.min_tokens or section.max_tokens for section in sections)
     try:
-        tokenizer = load_tokenizer(config.tokenizer or config.target.path) if limited else None
+        tokenizer = named_tokenizer(config.target, config.tokenizer) if limited else None
     except UserError as error:
         raise UserError(f"{error}; or plan without it: --seeds 10000") from error
     return len(read_all_seeds(sections, tokenizer))

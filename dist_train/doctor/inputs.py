@@ -69,14 +69,15 @@ def together(found: Sequence[Sequence[Finding]]) -> list[Finding]:
 
 
 def _look_at_tokenizer(source: str, target: TargetSection | None) -> str:
-    from dist_train.tokenizer import PROBES, differences, load_tokenizer
+    from dist_train.target import named_tokenizer
+    from dist_train.tokenizer import PROBES, differences
 
-    tokenizer = load_tokenizer(source)
+    tokenizer = named_tokenizer(target, source)
     text = f"{source}: {tokenizer.vocab_size:,} pieces"
     if target is None or source == target.path:
         return text
     try:
-        other = load_tokenizer(target.path, target.revision)
+        other = named_tokenizer(target, None)
     except UserError:
         return f"{text}; none beside the target to compare with"
     if unlike := differences(tokenizer, other, PROBES):

@@ -26,8 +26,8 @@ from dist_train.errors import UserError
 from dist_train.evaluate.results import RESULTS, make_folder
 from dist_train.evaluate.tables import interval, markdown, shares
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
-from dist_train.target import load_target_tokenizer, read_target_config
-from dist_train.tokenizer import Tokenizer, load_tokenizer
+from dist_train.target import load_target_tokenizer, named_tokenizer, read_target_config
+from dist_train.tokenizer import Tokenizer
 from dist_train.units import unit_seed
 
 SERVED = "served.json"
@@ -160,9 +160,7 @@ def _read(config: ServedConfig) -> tuple[Tokenizer, Any]:
     try:
         target = read_target_config(config.target)
     except UserError:
-        if config.tokenizer is not None:
-            return load_tokenizer(config.tokenizer), None
-        return load_tokenizer(config.target.path, config.target.revision), None
+        return named_tokenizer(config.target, config.tokenizer), None
     return load_target_tokenizer(config.target, config.tokenizer), target
 
 

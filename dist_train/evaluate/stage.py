@@ -75,7 +75,7 @@ def run(config: EvaluateConfig) -> None:
             for unit, (cell, _) in enumerate(works):
                 for key, values in _read_unit(units.path(unit)).items():
                     found[cell][key] += values
-            results = gather(config, tasks, found, models.parameters(), _identity(config, models.target))
+            results = gather(config, tasks, found, models.parameters(), _identity(config, digests["target"]))
             results["token_rate"] = _token_rate(config, models, tasks)
             save_config(config, config.out / "config.yaml")
             print(f"{write_results(config.out, results, found)}\nevaluate: {config.out}/results.html", flush=True)
@@ -170,13 +170,13 @@ class _Models:
         return (time.perf_counter() - began) / sum(map(len, found.tokens))
 
 
-def _identity(config: EvaluateConfig, target: Any) -> dict[str, Any]:
+def _identity(config: EvaluateConfig, weights: str) -> dict[str, Any]:
     """What tells targets apart."""
     return {
         "path": config.target.path,
         "revision": config.target.revision,
         "precision": config.target.precision,
-        "weights": weights_digest(target),
+        "weights": weights,
     }
 
 

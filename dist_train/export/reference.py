@@ -9,8 +9,8 @@ from typing import Any
 from data_shards.errors import first_line
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
-from dist_train.target import read_target_config
-from dist_train.tokenizer import Tokenizer, load_tokenizer
+from dist_train.target import named_tokenizer, read_target_config
+from dist_train.tokenizer import Tokenizer
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -35,7 +35,7 @@ def reference_of_target(section: TargetSection) -> Reference:
     """Read a target's configuration and tokenizer, not its weights. Raises UserError where one is missing."""
     config = read_target_config(section)
     special = {name: getattr(config, name, None) for name in SPECIAL}
-    tokenizer = load_tokenizer(section.path, section.revision)
+    tokenizer = named_tokenizer(section, None)
     return Reference(
         source=section.path,
         tokenizer=tokenizer,

@@ -8,7 +8,7 @@ from dist_train.target.load import (
     read_target_config,
 )
 from dist_train.target.model import Target, load_decoder, matrix_parameters, weights_digest
-from dist_train.target.tokenizer import end_ids, load_target_tokenizer
+from dist_train.target.tokenizer import end_ids, load_target_tokenizer, named_tokenizer
 
 __all__ = [
     "DTYPES",
@@ -20,6 +20,7 @@ __all__ = [
     "load_decoder",
     "load_target_tokenizer",
     "matrix_parameters",
+    "named_tokenizer",
     "read_target_config",
     "weights_digest",
 ]

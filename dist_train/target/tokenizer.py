@@ -11,23 +11,29 @@ from dist_train.target.load import check_vocabulary, read_target_config
 from dist_train.tokenizer import PROBES, Tokenizer, differences, load_tokenizer, piece_difference
 
 
+def named_tokenizer(section: TargetSection | None, source: str | None) -> Tokenizer:
+    """The tokenizer at `source`, or where that is None the target's own, at its revision; compared with nothing."""
+    if section is not None and source in (None, section.path):
+        return load_tokenizer(section.path, section.revision)
+    return load_tokenizer(str(source))
+
+
 def load_target_tokenizer(section: TargetSection | None, source: str | None, *, strict: bool = True) -> Tokenizer:
-    """The tokenizer at `source`, or where that is None the target's own; no model is loaded, nor a target needed.
+    """As `named_tokenizer`, and the target's, if there is a target; no model is loaded.
 
     Raises UserError where `source` is not what the target has beside it, or has ids that the target does not know. Not
     `strict`: where the same id stands for another piece. A target whose tokenizer got more of them, or cuts texts in
     another way, can judge the ids of a corpus all the same.
     """
+    tokenizer = named_tokenizer(section, source)
     if section is None:
-        return load_tokenizer(str(source))
-    is_own = source is None or source == section.path
-    tokenizer = load_tokenizer(section.path, section.revision) if is_own else load_tokenizer(str(source))
+        return tokenizer
     if read_target_config(section).vocab_size < tokenizer.vocab_size:
         check_vocabulary(section, tokenizer.vocab_size, tokenizer.source)
-    if is_own:
+    if source in (None, section.path):
         return tokenizer
     try:
-        own = load_tokenizer(section.path, section.revision)
+        own = named_tokenizer(section, None)
     except UserError:  # none there to compare with
         return tokenizer
     found = differences(tokenizer, own, PROBES) if strict else [piece_difference(tokenizer, own)]

@@ -16,7 +16,7 @@ from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
-from dist_train.target import Target, load_target_tokenizer, read_target_config
+from dist_train.target import Target, load_target_tokenizer, named_tokenizer, read_target_config
 from dist_train.tokenizer import Tokenizer
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.engine import build_engine, deepspeed_config
@@ -132,9 +132,7 @@ def checkpoints_bytes(config: TrainConfig) -> float:
 
 def _planned_shape(config: TrainConfig) -> Any:
     warm = config.drafter.init_from
-    if warm:
-        return read_drafter_config(warm)
-    return _shape(config, load_target_tokenizer(config.target, config.tokenizer, strict=False))
+    return read_drafter_config(warm) if warm else _shape(config, named_tokenizer(config.target, config.tokenizer))
 
 
 def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
@@ -156,7 +154,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
     """The parts of a run, each from its section of the configuration."""
     lease = Lease(config.run.dir)
     runtime.agree(lease.take)
-    tokenizer = load_target_tokenizer(config.target, config.tokenizer, strict=False)
+    tokenizer = named_tokenizer(config.target, config.tokenizer)
     # Cross-entropy alone takes nothing of the target but the size of its vocabulary.
     target = Target(config.target, runtime) if config.target and needs_target(config.objective) else None
     if config.drafter.init_from is not None:

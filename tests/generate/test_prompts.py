@@ -121,10 +121,8 @@ def test_a_line_that_is_no_record_is_named_and_what_is_told_can_be_done(tiny, re
 )
 def test_openassistant_trees(seeds, turns, expected):
     assert seeds(TREES, format="openassistant", turns=turns) == expected
-    number = {
-        None: math.nan,
-        **{str(name): float(name - 1) for name in range(1, 10)},
-    }  # from 0; parents as pandas has them
+    # Numbers from 0, those of parents as pandas has them.
+    number = {None: math.nan, **{str(name): float(name - 1) for name in range(1, 10)}}
     numbered = [
         {**record, "message_id": int(record["message_id"]) - 1, "parent_id": number[record["parent_id"]]}
         for record in TREES

@@ -9,6 +9,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from traceback import walk_stack
 
 import pytest
 import sentencepiece
@@ -19,13 +20,6 @@ from transformers import AutoModelForCausalLM
 from dist_train.generate.answers import read_origin
 from dist_train.generate.http import Client
 from dist_train.runtime import free_port
-
-
-def calls(frame):
-    """A frame and those that it was called from."""
-    while frame:
-        yield frame
-        frame = frame.f_back
 
 
 def asking(tiny, out, url, *more):
@@ -110,7 +104,7 @@ def test_whichever_request_finds_what_is_wrong_the_others_end_with_it(tiny, here
     code, _, complaint = here(*asking(tiny, tmp_path / "out", server.url))
     assert code == 2 and "is not in the target's vocabulary of 320" in complaint
     deadline = time.monotonic() + 20
-    while any(frame.f_code is Client.ask.__code__ for top in sys._current_frames().values() for frame in calls(top)):
+    while Client.ask.__code__ in {at.f_code for top in sys._current_frames().values() for at, _ in walk_stack(top)}:
         assert time.monotonic() < deadline
         time.sleep(0.1)
 
