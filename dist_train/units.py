@@ -37,11 +37,17 @@ class Units:
 
     def __init__(self, folder: Path, plan: dict[str, Any], count: int, suffix: str, runtime: Runtime) -> None:
         self.folder, self.count, self.suffix, self.runtime = folder, count, suffix, runtime
-        runtime.agree(lambda: _adopt(folder / PLAN, plan))
+        self._plan = plan
+        runtime.agree(self._open)
 
-    def hold(self, facts: dict[str, Any]) -> None:
-        """As the plan, for what is known only to those who work: refused where it was another when work began."""
-        self.runtime.agree(lambda: _adopt(self.folder / BEGUN, facts))
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Write the plan down, and `facts`, what is known only to those who work; before the first `run`. Collective.
+
+        Only from here on is the folder bound to them, so what may fail before a unit can be made comes first. Raises
+        UserError, on all ranks, where either was another when work began.
+        """
+        for name, content in ((PLAN, self._plan), (BEGUN, facts)):
+            self.runtime.agree(partial(_adopt, self.folder / name, content))
 
     def path(self, unit: int) -> Path:
         """Where the outcome of a unit is."""
@@ -83,6 +89,13 @@ class Units:
         for claim in self.folder.glob(f"{PREFIX}*"):
             claim.unlink(missing_ok=True)  # of a process that was killed when its unit was there, before it let go
         write_json(self.folder / COMPLETE, {"units": self.count, **facts})
+
+    def _open(self) -> None:
+        refuse_other_plan(self.folder, self._plan)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another folder") from error
 
     def _work(
         self, queue: _Queue, make: Callable[[int, Path], None], progress: Callable[[int], None] | None = None
@@ -235,10 +248,5 @@ def _refuse_other(path: Path, facts: dict[str, Any]) -> None:
 def _adopt(path: Path, facts: dict[str, Any]) -> None:
     if path.exists():
         _refuse_other(path, facts)
-        return
-    folder = path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made: {error.strerror}; choose another folder") from error
-    write_json(path, facts)
+    else:
+        write_json(path, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 import time
 from collections import Counter
@@ -43,15 +44,26 @@ class FakeServer(ThreadingHTTPServer):
 
     `faults`: share of requests that fail, in every way that a server and a network have. `style`: vllm returns token
     ids; bare takes only OpenAI's own fields, and tells texts. `choice`: what it says instead of its answer. `stuck`:
-    a prompt that holds this text is never answered with more than a token.
+    a prompt that holds this text is never answered with more than a token, but with the fault `stuck_by`.
     """
 
     daemon_threads = True
 
-    def __init__(self, tokenizer, faults=0.0, style="vllm", model="tiny", shift=0, text=None, choice=None, stuck=None):
+    def __init__(
+        self,
+        tokenizer,
+        faults=0.0,
+        style="vllm",
+        model="tiny",
+        shift=0,
+        text=None,
+        choice=None,
+        stuck=None,
+        stuck_by=503,
+    ):
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokenizer, self.faults, self.style, self.model, self.shift = tokenizer, faults, style, model, shift
-        self.text, self.choice, self.stuck = text, choice or {}, stuck
+        self.text, self.choice, self.stuck, self.stuck_by = text, choice or {}, stuck, stuck_by
         self.drawn, self.lock = random.Random(5), threading.Lock()
         self.answered, self.failed = Counter(), Counter()
         self.under_way = self.most_under_way = 0
@@ -60,6 +72,10 @@ class FakeServer(ThreadingHTTPServer):
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
     def answer(self, ids, seed, temperature, count):
         """Response ids and why they end."""
@@ -80,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             server.most_under_way = max(server.under_way, server.most_under_way)
             fault = server.drawn.choice(FAULTS) if server.drawn.random() < server.faults else None
             if server.stuck and body["max_tokens"] > 1 and server.stuck in server.tokenizer.decode(body["prompt"]):
-                fault = 503
+                fault = server.stuck_by
             server.failed[fault] += 1
         try:
             self.serve(body, fault)
@@ -89,6 +105,8 @@ class Handler(BaseHTTPRequestHandler):
                 server.under_way -= 1
 
     def serve(self, body, fault):
+        if fault == "silence":
+            return self.connection.recv(1)  # until the other side hangs up
         if fault == "drop before":
             return self.drop()
         if fault in (429, 500, 503):

@@ -60,9 +60,9 @@ def run(config: EvaluateConfig) -> None:
             for first in range(0, len(tasks[cell.task].ids), length)
         ]
         models = _Models(config, runtime, tokenizer)
-        digests = models.digests()  # before anything is written: a model may not load
         units = Units(config.out / UNITS, _plan(config, tasks), len(works), ".json", runtime)
-        units.hold(digests)
+        digests = models.digests()
+        units.begin(digests)
 
         def make(unit: int, path: Path) -> None:
             cell, chosen = works[unit]

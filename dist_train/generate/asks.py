@@ -59,6 +59,12 @@ class Answer(NamedTuple):
 class Engine(Protocol):
     """Answers asks. Where it decodes by itself, the same asks give the same answers."""
 
+    def ready(self, ask: Ask, sampling: Sampling) -> str | None:
+        """Be able to answer such an ask, before the first; what tells the weights from others, where that is known.
+
+        Raises UserError where it cannot be answered.
+        """
+
     def units_at_once(self, unit_size: int) -> int:
         """Calls of `answer`, each with so many asks, that it wants at the same time, from threads."""
 

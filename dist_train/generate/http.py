@@ -5,14 +5,18 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from dist_train.errors import UserError
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0
+_LONGEST_CONNECT = 30.0  # to connect needs no model to think
 _BUSY = (408, 409, 425, 429)
 
 
@@ -37,6 +41,7 @@ class Client:
         self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
         self._timeout, self._patience = timeout, patience
         self._local = threading.local()
+        self._lock, self._under_way = threading.Lock(), set[socket.socket]()
         self._given_up, self._why = threading.Event(), ""
         self.retries = 0
 
@@ -74,24 +79,46 @@ class Client:
         raise UserError(self._why)
 
     def give_up(self, why: str) -> None:
-        """Let nobody ask any more: every thread that would is told the first reason."""
-        self._why = self._why or why
-        self._given_up.set()
+        """Let nobody ask any more, nor wait for an answer: every thread that does is told the first reason."""
+        with self._lock:
+            self._why = self._why or why
+            self._given_up.set()
+            for sock in self._under_way:
+                with suppress(OSError):  # the server was quicker
+                    sock.shutdown(socket.SHUT_RDWR)
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
         """Status, body and the delay that the server asks for, in seconds."""
         connection = self._connection()
         payload = None if body is None else json.dumps(body).encode()
-        connection.request(method, f"{self._parts.path}{path}", payload, self._headers)
-        response = connection.getresponse()
-        words = response.read()
+        with self._breakable(connection):
+            connection.request(method, f"{self._parts.path}{path}", payload, self._headers)
+            response = connection.getresponse()
+            words = response.read()
         after = response.headers.get("Retry-After", "")
         return response.status, words, min(float(after), 10 * _LONGEST_DELAY) if after.isdecimal() else 0.0
+
+    @contextmanager
+    def _breakable(self, connection: http.client.HTTPConnection) -> Iterator[None]:
+        """Have `give_up` end what is sent and read in the `with` block. Raises OSError when it was called before."""
+        if connection.sock is None:
+            connection.connect()
+        sock: Any = connection.sock
+        sock.settimeout(self._timeout)
+        with self._lock:
+            if self._given_up.is_set():
+                raise ConnectionAbortedError(self._why)
+            self._under_way.add(sock)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._under_way.discard(sock)
 
     def _connection(self) -> http.client.HTTPConnection:
         if getattr(self._local, "connection", None) is None:
             kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-            self._local.connection = kind(self._parts.netloc, timeout=self._timeout)
+            self._local.connection = kind(self._parts.netloc, timeout=min(self._timeout, _LONGEST_CONNECT))
         return self._local.connection
 
     def _hang_up(self) -> None:

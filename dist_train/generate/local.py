@@ -10,6 +10,7 @@ import torch
 from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.generate.asks import Answer, Ask, Sampling
+from dist_train.target import weights_digest
 from dist_train.units import unit_seed
 
 
@@ -18,6 +19,10 @@ class _LocalEngine:
 
     def __init__(self, model: Any, eos_ids: Sequence[int]) -> None:
         self._model, self._eos_ids = model, list(eos_ids)
+
+    def ready(self, ask: Ask, sampling: Sampling) -> str | None:
+        """It is, being loaded: the digest of its weights."""
+        return weights_digest(self._model)
 
     def units_at_once(self, unit_size: int) -> int:
         """One."""

@@ -1,6 +1,6 @@
 """Answers from a server that speaks OpenAI's protocol: vLLM, SGLang, `transformers serve`, llama.cpp, others.
 
-Servers differ in what they take and tell. The best that one takes is found at the first request: the prompt's token
+Servers differ in what they take and tell. The best that one takes is found before the first answer: the prompt's token
 ids, so that it sees exactly what was templated here, and the ids of the answer back, so that training sees exactly what
 was sampled; or else the conversation, which the server templates, and a text, which is encoded again and counted so.
 """
@@ -76,6 +76,11 @@ class ServerEngine:
         first = tokenizer.piece(tokenizer.encode("a")[0])
         self._adds_space = first.startswith("▁")
 
+    def ready(self, ask: Ask, sampling: Sampling) -> str | None:
+        """Find how the server is best asked; it does not tell its weights. Raises UserError as `answer` does."""
+        self._dialect = self._find_dialect(ask, sampling)
+        return None
+
     def units_at_once(self, unit_size: int) -> int:
         """Enough that all places are taken while a unit's last answers are waited for."""
         return 1 + math.ceil(self._concurrency / unit_size)
@@ -92,24 +97,22 @@ class ServerEngine:
             raise
 
     def _ask(self, ask: Ask, sampling: Sampling) -> Answer:
-        with self._lock:
-            dialect = self._dialect
-            if dialect is None:
-                self._dialect = dialect = self._find_dialect(ask, sampling)
+        assert self._dialect is not None  # ready() comes first
         try:
-            reply = self._post(dialect, ask, sampling)
+            reply = self._post(self._dialect, ask, sampling)
         except RefusedError as refusal:
             raise UserError(self._complaint(refusal)) from refusal
-        return self._read(dialect, ask, reply, sampling.max_new_tokens)
+        return self._read(self._dialect, ask, reply, sampling.max_new_tokens)
 
     def _find_dialect(self, ask: Ask, sampling: Sampling) -> Dialect:
-        """The first in which one token is not refused."""
+        """The first in which one token is not refused, and can be read."""
         for dialect in DIALECTS:
             try:
-                self._post(dialect, ask, sampling._replace(max_new_tokens=1))
+                reply = self._post(dialect, ask, sampling._replace(max_new_tokens=1))
             except RefusedError as refused:
                 refusal = refused
                 continue
+            self._read(dialect, ask, reply, sampling.max_new_tokens)
             if not dialect.exact:
                 print(
                     f"generate: {self._client.url} takes no top_k and no penalties; its own defaults, if it has any, "

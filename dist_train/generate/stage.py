@@ -24,7 +24,7 @@ from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
 from dist_train.prompts import encode_seeds, read_all_seeds, refuse_long
 from dist_train.runtime import started
-from dist_train.target import end_ids, load_decoder, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.target import end_ids, load_decoder, load_target_tokenizer, read_target_config
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import COMPLETE, Units, refuse_other_plan, unit_seed
 
@@ -56,7 +56,7 @@ def run(config: GenerateConfig) -> None:
         began = time.monotonic()
         missing = runtime.agree(units.missing)
         if missing:
-            units.hold({"weights": generation.weights})
+            units.begin(generation.ready())
             if runtime.is_first:
                 (config.out / COMPLETE).unlink(missing_ok=True)
             workers = min(len(missing), generation.engine.units_at_once(config.batch_size))
@@ -116,27 +116,22 @@ class Generation:
         """What decodes, made when first needed: a rerun with nothing to do loads no model."""
         if self._config.engine.kind == "openai":
             return _server(self._config, self._tokenizer, self.target.vocab_size)
-        return _decoder(self._config, self._tokenizer, self._model)
-
-    @cached_property
-    def _model(self) -> Any:
         assert self._device is not None  # to check takes none
-        return load_decoder(self._config.target, self._device)
+        return _decoder(self._config, self._tokenizer, load_decoder(self._config.target, self._device))
 
-    @property
-    def weights(self) -> str | None:
-        """What tells the model that decodes from another at the same path; a server does not say."""
-        return None if self._config.engine.kind == "openai" else weights_digest(self._model)
+    def ready(self) -> dict[str, Any]:
+        """Load the model or meet the server, and say what tells its weights from others at the same path.
+
+        Raises UserError where that fails.
+        """
+        asks, sampling = self._asked(0)
+        return {"weights": self.engine.ready(asks[0], sampling)}
 
     def make(self, unit: int, path: Path) -> None:
         """Have one unit answered, and write its file."""
         began = time.monotonic()
         seeds, condition = self.work(unit)
-        sampling = Sampling(condition.temperature, condition.top_p or 1.0, self._config.max_new_tokens)
-        asks = [
-            Ask(self._seeds[seed], self.prompts[seed], _request_seed(self._config.seed, seed, condition))
-            for seed in seeds
-        ]
+        asks, sampling = self._asked(unit)
         answers = self.engine.answer(asks, sampling)
         rows = [
             {
@@ -154,6 +149,15 @@ class Generation:
         ]
         write_answers(path, rows, self.origin)
         self._stopwatch.note(unit, began)
+
+    def _asked(self, unit: int) -> tuple[list[Ask], Sampling]:
+        """What the engine is asked for a unit."""
+        seeds, condition = self.work(unit)
+        asks = [
+            Ask(self._seeds[seed], self.prompts[seed], _request_seed(self._config.seed, seed, condition))
+            for seed in seeds
+        ]
+        return asks, Sampling(condition.temperature, condition.top_p or 1.0, self._config.max_new_tokens)
 
 
 def _request_seed(seed: int, number: int, condition: Condition) -> int:

@@ -126,7 +126,8 @@ def test_a_killed_generation_goes_on(tiny, undisturbed, tmp_path):
 
 def test_ctrl_c_drops_the_units_under_way_and_the_same_command_goes_on(tiny, fake_server, tmp_path):
     """Decoding here, and of a server that fails and is asked again for ten minutes; a second one changes nothing."""
-    server = ["engine.kind=openai", f"engine.url={fake_server(faults=1.0).url}", "engine.model=tiny"]
+    busy = fake_server(stuck="[INST]")  # takes the first token that it is asked for, and no more
+    server = ["engine.kind=openai", f"engine.url={busy.url}", "engine.model=tiny"]
     long = ["max_new_tokens=200", "seeds.limit=200", "temperatures=[0, 1]"]
     started = {}
     for name, options in (("here", long), ("server", server)):

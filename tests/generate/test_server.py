@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -97,16 +98,35 @@ def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, here, fake_serve
     assert not files(tmp_path / "out")
 
 
-def test_whichever_request_finds_what_is_wrong_the_others_end_with_it(tiny, here, fake_server, tmp_path):
-    """The first is tried again and again, and would be for ten minutes; also a process that ended waits for it."""
+@pytest.mark.parametrize("stuck_by", [503, "silence"])
+def test_whichever_request_finds_what_is_wrong_the_others_end_with_it(tiny, here, fake_server, tmp_path, stuck_by):
+    """The first is tried again and again, or waited for, and would be for ten minutes."""
     first = json.loads(tiny.chat_lines.read_text().splitlines()[0])["prompt"]
-    server = fake_server(shift=400, stuck=first)
+    server = fake_server(text="quite another text", stuck=first, stuck_by=stuck_by)
+    began = time.monotonic()
     code, _, complaint = here(*asking(tiny, tmp_path / "out", server.url))
-    assert code == 2 and "is not in the target's vocabulary of 320" in complaint
-    deadline = time.monotonic() + 20
+    assert code == 2 and "the server has another tokenizer" in complaint
+    assert server.failed[stuck_by]
+    deadline = began + 20
     while Client.ask.__code__ in {at.f_code for top in sys._current_frames().values() for at, _ in walk_stack(top)}:
         assert time.monotonic() < deadline
         time.sleep(0.1)
+    assert time.monotonic() < deadline
+    assert not list((tmp_path / "out").glob("_claim-*"))
+
+
+def test_a_folder_in_which_nothing_could_be_begun_takes_the_corrected_command(tiny, here, fake_server, tmp_path):
+    server, broken = fake_server(), tmp_path / "broken"
+    shutil.copytree(tiny.target, broken)
+    os.truncate(broken / "model.safetensors", 2000)
+    for name, wrong, right in (
+        ("asked", asking(tiny, tmp_path / "asked", server.url, "engine.model=tinyy"), ["engine.model=tiny"]),
+        ("loaded", generation(tiny, tmp_path / "loaded", f"target.path={broken}"), [f"target.path={tiny.target}"]),
+    ):
+        assert here(*wrong, "seeds.limit=4")[0] == 2
+        code, _, complaint = here(*wrong, "seeds.limit=4", *right)
+        assert code == 0, complaint
+        assert len(files(tmp_path / name)) == 2
 
 
 def test_mistakes_in_the_configuration(tiny, refused, other_tokenizer, tmp_path):

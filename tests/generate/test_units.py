@@ -120,6 +120,7 @@ def test_an_error_in_one_thread_ends_the_others_and_leaves_no_claim(tmp_path):
         path.write_text("")
 
     units = Units(tmp_path, {}, 200, ".txt", Alone)
+    units.begin({})
     with pytest.raises(UserError):
         units.run(make, workers=4)
     assert len(units.missing()) > 100
