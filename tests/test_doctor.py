@@ -265,7 +265,7 @@ def shown_until(process, check):
 def test_a_slow_rank_is_named_with_its_node(tmp_path):
     first, second = doctors(tmp_path, [0, 1], nodes=["n1", "n2"])
     try:
-        shown = shown_until(first, "versions")
+        shown = shown_until(first, "ranks")  # long enough before the first that is measured
         with throttled(second):
             shown += shown_until(first, "operators")
         shown += first.stdout.read()
@@ -297,7 +297,7 @@ def test_alone_with_a_configuration(tiny, cli, tmp_path):
     done = cli("doctor", *words)
     found = rows(done.stdout)
     assert {verdict for verdict, _ in found.values()} <= {"ok", "note"}
-    assert "320 pieces; the target's own encodes alike" in found["tokenizer", "all"][1]
+    assert "320 pieces; the target's own has the same pieces" in found["tokenizer", "all"][1]
     assert "vocabulary 320" in found["target", "all"][1]
     assert str(tiny.chats) in found["data", "all"][1] and "begins anew" in found["run folder", "all"][1]
     assert found["memory", "all"][0] == "ok" and found["stage", "all"][0] == "ok"

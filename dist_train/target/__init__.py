@@ -8,7 +8,7 @@ from dist_train.target.load import (
     read_target_config,
 )
 from dist_train.target.model import Target, load_decoder, matrix_parameters, weights_digest
-from dist_train.target.tokenizer import end_ids, load_target_tokenizer, named_tokenizer
+from dist_train.target.tokenizer import end_ids, load_target_tokenizer, named_tokenizer, own_tokenizer
 
 __all__ = [
     "DTYPES",
@@ -21,6 +21,7 @@ __all__ = [
     "load_target_tokenizer",
     "matrix_parameters",
     "named_tokenizer",
+    "own_tokenizer",
     "read_target_config",
     "weights_digest",
 ]

@@ -8,9 +8,11 @@ import pytest
 from runs import distillation, on_ranks
 from transformers import AutoTokenizer
 
-from dist_train.config import TargetSection
+from dist_train.config import TargetSection, TrainConfig
+from dist_train.doctor.inputs import input_findings
 from dist_train.errors import UserError
 from dist_train.target import load_target_tokenizer
+from dist_train.train import stage
 
 SIZES = {
     "vocab_size": 320,
@@ -193,3 +195,16 @@ def test_a_target_with_an_added_token_can_judge_the_corpora_before(tiny, tmp_pat
     assert found.vocab_size == tiny.vocab_size
     with pytest.raises(UserError, match="vocabulary: 320 pieces, 321 pieces"):  # what is asked of it would lack them
         load_target_tokenizer(section, str(tiny.tokenizer))
+    tree = {"target": {"path": str(target)}, "tokenizer": str(tiny.tokenizer), "train": {"steps": 1}}
+    more = {"run": {"dir": str(tmp_path / "run")}, "data": {"sources": [{"path": "gone"}]}, "objective": {"kld": 1.0}}
+    config = TrainConfig.model_validate({**tree, **more})
+    looked = {finding.check: finding for finding in input_findings(stage, config, "n1")}
+    assert looked["tokenizer"].verdict == "ok" and "has the same pieces" in looked["tokenizer"].text
+
+
+def test_a_target_without_a_tokenizer_is_said_to_be_compared_with_nothing(tiny, tmp_path, capfd):
+    target = shutil.copytree(tiny.target, tmp_path / "target", ignore=shutil.ignore_patterns("*token*"))
+    for _ in range(2):
+        load_target_tokenizer(TargetSection(path=str(target)), str(tiny.tokenizer), strict=False)
+    told = f"{target}: no tokenizer beside it: {tiny.tokenizer} is taken for the target's, unseen\n"
+    assert capfd.readouterr().err == told
