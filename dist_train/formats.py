@@ -151,30 +151,40 @@ def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
     """Roots ("first"), every prompter's message with its path ("each"), or those that no prompter follows ("last")."""
     messages: dict[Any, Placed] = {}  # ids are texts, or numbers, of which a parent's may have become a float
     for record, where in records:
-        if not _is_of_tree(record):
-            raise UserError(
-                f"{where()}: the record is no message of a tree (message_id, parent_id, text, role: prompter or "
-                f"assistant); its fields are {', '.join(record)}"
-            )
+        _refuse_foreign(record, where)
         refuse_half_characters(record["text"], where)
-        messages[record["message_id"]] = Placed(record, where)
+        before = messages.setdefault(record["message_id"], Placed(record, where))
+        if any(str(before.record[field]) != str(record[field]) for field in _TREE_FIELDS):
+            raise UserError(
+                f"{where()}: message_id {record['message_id']!r} is another message's at {before.where()}; "
+                "take one of them out"
+            )
     prompts = [record for record, _ in messages.values() if _ROLES[record["role"]] == "user"]
     if turns == "first":
         prompts = [record for record in prompts if _is_root(record)]
-    elif turns == "last":
-        followed = {_grandparent(record, messages) for record in prompts}
-        prompts = [record for record in prompts if record["message_id"] not in followed]
+    followed = {_grandparent(record, messages) for record in prompts} if turns == "last" else set()
     for record in prompts:
         path = _path(record["message_id"], messages)
-        if path and all(message["content"].strip() for message in path):
+        if path and record["message_id"] not in followed and all(message["content"].strip() for message in path):
             yield path
 
 
-def _is_of_tree(record: Record) -> bool:
-    name, text, role = (record.get(key) for key in ("message_id", "text", "role"))
-    kind = str if isinstance(name, str) else int | float
-    is_named = isinstance(name, kind) and "parent_id" in record and isinstance(record["parent_id"], kind | None)
-    return is_named and isinstance(text, str) and isinstance(role, str) and role in _ROLES
+_TREE_FIELDS = ("message_id", "parent_id", "text", "role")
+
+
+def _refuse_foreign(record: Record, where: Callable[[], str]) -> None:
+    name, parent, text, role = (record.get(field) for field in _TREE_FIELDS)
+    is_text, is_number = isinstance(name, str), isinstance(name, int | float) and not isinstance(name, bool)
+    if "parent_id" not in record or not (is_text or is_number) or not isinstance(text, str) or str(role) not in _ROLES:
+        raise UserError(
+            f"{where()}: the record is no message of a tree (message_id, parent_id, text, role: prompter or "
+            f"assistant); its fields are {', '.join(record)}"
+        )
+    if not _is_root(record) and not isinstance(parent, str if is_text else int | float):
+        raise UserError(
+            f"{where()}: message_id {name!r} and parent_id {parent!r}: one is a text, the other is not, and no message "
+            "would find its parent; write both alike"
+        )
 
 
 def _is_root(record: Record) -> bool:

@@ -9,7 +9,7 @@ instructions.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -134,15 +134,35 @@ def _records(task: TaskSection) -> Iterator[Placed]:
     return placed_records(inputs)
 
 
+class _Template(string.Formatter):
+    """Fields of a record and what lies in them, `{turns[0]}`: texts and numbers, no attributes of Python's objects."""
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """The value of a field. Raises LookupError where the record has none, or something else there."""
+        name, *keys = field_name.replace("]", "").split("[")
+        value = kwargs[name]
+        for key in keys:
+            if isinstance(value, list) and key.isdecimal():
+                value = value[int(key)]
+            elif isinstance(value, dict):
+                value = value[key]
+            else:
+                raise LookupError(key)
+        if not isinstance(value, str | int | float):
+            raise LookupError(name)
+        return value, name
+
+
 def _fill(template: str, record: Record, where: Callable[[], str]) -> str:
     try:
-        return string.Formatter().vformat(template, (), record).strip()
-    except (KeyError, IndexError, TypeError, AttributeError):
+        return _Template().vformat(template, (), record).strip()
+    except LookupError:
         raise UserError(
-            f"{where()}: the record does not have what the prompt {template!r} is made of; its fields are "
-            f"{', '.join(record)}; name another template or preset"
+            f"{where()}: the record does not have what the prompt {template!r} is made of, texts or numbers; its "
+            f"fields are {', '.join(record)}; name another template or preset"
         ) from None
     except ValueError as error:
         raise UserError(
-            f"template {template!r}: {error}; a field is {{name}} alone, a brace that is meant as such is doubled"
+            f"{where()}: template {template!r}: {error}; a field is {{name}} alone, a brace that is meant as such is "
+            "doubled"
         ) from None

@@ -68,13 +68,35 @@ def test_another_file_is_refused_by_its_fields(tmp_path, tokenizer):
     with pytest.raises(UserError, match=r"fields are text"):
         read_task(TaskSection(name="mine", template="{turns[0]}", inputs=str(file)), tokenizer)
     for template in ("{", "{text:d}", "{text!z}"):
-        with pytest.raises(UserError, match="a brace that is meant as such is doubled"):
+        with pytest.raises(UserError, match=r"other.jsonl:1: .*a brace that is meant as such is doubled"):
             read_task(TaskSection(name="mine", template=template, inputs=str(file)), tokenizer)
     found = read_task(TaskSection(name="mine", template="Say {text}", inputs=str(file)), tokenizer)
     assert found[0][0]["content"] == "Say a"
     file.write_text('{"text": "a"}\n{"text": "b \\ud800"}\n')
     with pytest.raises(UserError, match=r"other.jsonl:2: not Unicode: half a surrogate pair at character 6"):
         read_task(TaskSection(name="mine", template="Say {text}", inputs=str(file)), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("template", "record"),
+    [
+        ("Q {q}", {"q": None}),
+        ("{turns[0]}", {"turns": "not a list of turns"}),
+        ("{turns[1]}", {"turns": ["one"]}),
+        ("{q}", {"q": ["a"]}),
+        ("{q[de]}", {"q": {"en": "a"}}),
+        ("{q[de]}", {"q": ["a"]}),
+        ("{q.__class__}", {"q": "a"}),
+        ("{}", {"q": "a"}),
+        ("{0}", {"q": "a"}),
+    ],
+)
+def test_a_prompt_is_made_of_texts_that_a_record_has(tmp_path, tokenizer, template, record):
+    file = tmp_path / "some.jsonl"
+    good = {"q": {"de": "a"} if "[de]" in template else "a", "turns": ["a", "b"]}
+    file.write_text("".join(json.dumps(one) + "\n" for one in (record, good)))
+    with pytest.raises(UserError, match=r"some.jsonl:1: the record does not have what the prompt"):
+        read_task(TaskSection(name="mine", template=template, inputs=str(file)), tokenizer)
 
 
 @pytest.mark.parametrize("how", [{}, {"template": "{prompt}"}, {"preset": "dolly"}])

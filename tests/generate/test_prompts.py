@@ -86,9 +86,11 @@ TREES = [
         ("openassistant", message("2", "1", "wizard", "a"), "message_id, parent_id, text, role"),
         ("openassistant", message("2", "1", "prompter", None), "message_id, parent_id, text, role"),
         ("openassistant", message(["2"], "1", ["prompter"], "a"), "message_id, parent_id, text, role"),
-        ("openassistant", message("2", ["1"], "prompter", "a"), "message_id, parent_id, text, role"),
+        ("openassistant", message("2", ["1"], "prompter", "a"), "one is a text, the other is not"),
         ("openassistant", message("2", "1", "prompter", "a \ud800"), "half a surrogate pair at character 2"),
-        ("openassistant", message("2", 1, "prompter", "a"), "message_id, parent_id, text, role"),
+        ("openassistant", message(True, None, "prompter", "a"), "message_id, parent_id, text, role"),
+        ("openassistant", message("2", 1, "prompter", "a"), "one is a text, the other is not"),
+        ("openassistant", message("1", None, "prompter", "b?"), "message_id '1' is another message's at "),
         ("openassistant", message("2", "2", "prompter", "a"), "its own ancestor"),
     ],
 )
@@ -128,6 +130,18 @@ def test_openassistant_trees(seeds, turns, expected):
         for record in TREES
     ]
     assert seeds(numbered, format="openassistant", turns=turns) == expected
+
+
+@pytest.mark.parametrize("turns", ["each", "last"])
+def test_messages_that_are_each_others_parent_are_named(seeds, tmp_path, turns):
+    circle = [message("5", "6", "prompter", "a?"), message("6", "5", "assistant", "b")]
+    with pytest.raises(UserError, match="its own ancestor"):
+        seeds([*TREES[:1], *circle], format="openassistant", turns=turns)
+
+
+def test_a_message_that_is_there_twice_counts_once(seeds):
+    nan = [{**record, "parent_id": record["parent_id"] or math.nan} for record in TREES]
+    assert seeds(nan + nan, format="openassistant") == [[user("a?")], [user("lone?")]]
 
 
 def test_turns_of_a_conversation(seeds):

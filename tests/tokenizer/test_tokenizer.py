@@ -10,7 +10,7 @@ import shutil
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
-from transformers import AutoTokenizer, Qwen2Config
+from transformers import AutoTokenizer, LlamaConfig, Qwen2Config
 
 from dist_train.errors import UserError
 from dist_train.tokenizer import PROBES, HuggingFaceTokenizer, differences, load_tokenizer
@@ -209,6 +209,10 @@ def test_a_hub_id_is_read_at_its_revision(tiny, monkeypatch):
 
 def test_a_folder_without_a_tokenizer_is_no_tokenizer(tmp_path):
     """transformers makes one of no pieces for some families."""
-    Qwen2Config().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"no tokenizer in it: none of merges\.txt, tokenizer\.json, vocab\.json"):
-        load_tokenizer(tmp_path)
+    for config, why in (
+        (Qwen2Config(), r"no tokenizer in it: none of merges\.txt, tokenizer\.json, vocab\.json; put it there, or set"),
+        (LlamaConfig(), r"no tokenizer can be loaded from it: .*[a-z]; put tokenizer\.json or tokenizer\.model there"),
+    ):
+        config.save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=why):
+            load_tokenizer(tmp_path)
