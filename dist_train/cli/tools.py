@@ -156,7 +156,8 @@ def _list_checkpoints(options: argparse.Namespace) -> int:
             print(f"{folder.name}  {error}")
             continue
         size = sum(record["bytes"] for record in manifest["files"].values())
-        line = f"{folder.name}  {size / 2**20:.1f} MiB  written by {manifest['world_size']} ranks"
+        ranks = manifest["world_size"]
+        line = f"{folder.name}  {size / 2**20:.1f} MiB  written by {ranks} rank{'s' if ranks > 1 else ''}"
         misfits = verify(folder) if options.action == "verify" else []
         damaged += bool(misfits)
         whole = "whole" if options.action == "verify" else ""

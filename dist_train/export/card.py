@@ -110,7 +110,8 @@ def _training(facts: Facts) -> str:
         line = (
             f"{number}. objective {objective}; {run['steps']:,} steps of {run['global_batch']} x "
             f"{run['sequence_length']:,} tokens ({run['tokens']:,} tokens in all), learning rate "
-            f"{run['learning_rate']:g}, {run['precision']}, {run['ranks']} ranks; data: {data}"
+            f"{run['learning_rate']:g}, {run['precision']}, {run['ranks']} rank{'s' if run['ranks'] > 1 else ''}; "
+            f"data: {data}"
         )
         if target := run.get("target"):
             revision = f", revision {target['revision']}" if target.get("revision") else ""
