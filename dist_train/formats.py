@@ -154,7 +154,7 @@ def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
         _refuse_foreign(record, where)
         refuse_half_characters(record["text"], where)
         before = messages.setdefault(record["message_id"], Placed(record, where))
-        if any(str(before.record[field]) != str(record[field]) for field in _TREE_FIELDS):
+        if _as_told(before.record) != _as_told(record):
             raise UserError(
                 f"{where()}: message_id {record['message_id']!r} is another message's at {before.where()}; "
                 "take one of them out"
@@ -169,11 +169,13 @@ def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
             yield path
 
 
-_TREE_FIELDS = ("message_id", "parent_id", "text", "role")
+def _as_told(record: Record) -> tuple[Any, ...]:
+    """Equal for a message that is there once more."""
+    return None if _is_root(record) else record["parent_id"], record["text"], record["role"]
 
 
 def _refuse_foreign(record: Record, where: Callable[[], str]) -> None:
-    name, parent, text, role = (record.get(field) for field in _TREE_FIELDS)
+    name, parent, text, role = (record.get(field) for field in ("message_id", "parent_id", "text", "role"))
     is_text, is_number = isinstance(name, str), isinstance(name, int | float) and not isinstance(name, bool)
     if "parent_id" not in record or not (is_text or is_number) or not isinstance(text, str) or str(role) not in _ROLES:
         raise UserError(
@@ -182,8 +184,8 @@ def _refuse_foreign(record: Record, where: Callable[[], str]) -> None:
         )
     if not _is_root(record) and not isinstance(parent, str if is_text else int | float):
         raise UserError(
-            f"{where()}: message_id {name!r} and parent_id {parent!r}: one is a text, the other is not, and no message "
-            "would find its parent; write both alike"
+            f"{where()}: message_id {name!r} and parent_id {parent!r} are not of one kind, so that none would find its "
+            "parent; write both as texts, or both as numbers"
         )
 
 

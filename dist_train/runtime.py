@@ -72,6 +72,11 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
     return World(rank=0, local_rank=0, size=1, master_addr="127.0.0.1", master_port=0, launcher="single process")
 
 
+def is_spokesman(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether what every process would say is this one's to say: it is alone, or rank 0 of any launcher."""
+    return all(environment.get(name, "0") == "0" for name in ("RANK", "PMI_RANK", "SLURM_PROCID"))
+
+
 def _first_slurm_host(environment: Mapping[str, str]) -> str:
     """The address under which SLURM itself reaches the first node of the step."""
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
@@ -152,6 +157,17 @@ class Runtime:
         result, refusal = self.first(outcome)
         if refusal is not None:
             raise UserError(refusal)
+        return result
+
+    def everywhere(self, action: Callable[[], Any]) -> Any:
+        """Run `action` on every rank, each with its own result; where some fail, all raise the first one's error."""
+        result, refusal = None, None
+        try:
+            result = action()
+        except (UserError, DataError) as error:
+            refusal = str(error) if self.world_size == 1 else f"rank {self.rank}: {error}"
+        for found in filter(None, self.gather(refusal)):
+            raise UserError(found)
         return result
 
 

@@ -46,8 +46,7 @@ class Units:
         Only from here on is the folder bound to them, so what may fail before a unit can be made comes first. Raises
         UserError, on all ranks, where either was another when work began.
         """
-        for name, content in ((PLAN, self._plan), (BEGUN, facts)):
-            self.runtime.agree(partial(_adopt, self.folder / name, content))
+        self.runtime.agree(partial(self._bind, facts))
 
     def path(self, unit: int) -> Path:
         """Where the outcome of a unit is."""
@@ -96,6 +95,10 @@ class Units:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another folder") from error
+
+    def _bind(self, facts: dict[str, Any]) -> None:
+        _adopt(self.folder / PLAN, self._plan)
+        _adopt(self.folder / BEGUN, facts)
 
     def _work(
         self, queue: _Queue, make: Callable[[int, Path], None], progress: Callable[[int], None] | None = None
@@ -240,8 +243,9 @@ def _refuse_other(path: Path, facts: dict[str, Any]) -> None:
     found = read_json(path) if path.exists() else facts
     changed = sorted(key for key in facts.keys() | found.keys() if facts.get(key) != found.get(key))
     if changed:
+        done = "" if any(path.parent.glob("unit-*")) else ", of which no unit is done"
         raise UserError(
-            f"{path.parent}: holds work begun with another {', '.join(changed)}; remove it or write elsewhere"
+            f"{path.parent}: holds work begun with another {', '.join(changed)}{done}; remove it or write elsewhere"
         )
 
 

@@ -297,7 +297,7 @@ def test_alone_with_a_configuration(tiny, cli, tmp_path):
     done = cli("doctor", *words)
     found = rows(done.stdout)
     assert {verdict for verdict, _ in found.values()} <= {"ok", "note"}
-    assert "320 pieces; the target's own has the same pieces" in found["tokenizer", "all"][1]
+    assert "320 pieces; no id is another piece of the target's own" in found["tokenizer", "all"][1]
     assert "vocabulary 320" in found["target", "all"][1]
     assert str(tiny.chats) in found["data", "all"][1] and "begins anew" in found["run folder", "all"][1]
     assert found["memory", "all"][0] == "ok" and found["stage", "all"][0] == "ok"

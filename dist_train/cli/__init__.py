@@ -17,6 +17,7 @@ from dist_train.cli.slurm import add_job, add_status, add_submit
 from dist_train.cli.stages import STAGES, add_stage
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
 from dist_train.errors import RankError, UserError
+from dist_train.runtime import is_spokesman
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _tell(line: str, *, every: bool = False) -> None:
     """Say it once, since every rank finds the same fault; `every` rank says what is its own."""
-    if every or all(os.environ.get(name, "0") == "0" for name in ("RANK", "PMI_RANK", "SLURM_PROCID")):
+    if every or is_spokesman():
         print(line, file=sys.stderr, flush=True)
 
 

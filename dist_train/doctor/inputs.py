@@ -34,7 +34,7 @@ def input_findings(module: Any, config: Any, node: str) -> list[Finding]:
         looks.append(("tokenizer", partial(_look_at_tokenizer, tokenizer, target, strict=not training)))
     if target is not None:
         looks.append(("target", lambda: _look_at_target(target)))
-    if isinstance(config, TrainConfig):
+    if training:
         looks += [("data", partial(_look_at_data, source.path)) for source in config.data.sources]
         looks.append(("run folder", lambda: _look_at_run(config.run.dir)))
     looks.append(("stage", lambda: module.check(config) or "its own check finds nothing wrong"))
@@ -70,15 +70,14 @@ def together(found: Sequence[Sequence[Finding]]) -> list[Finding]:
 
 
 def _look_at_tokenizer(source: str, target: TargetSection | None, *, strict: bool) -> str:
-    from dist_train.target import load_target_tokenizer, own_tokenizer
+    from dist_train.target import compare_with_target, named_tokenizer
 
-    tokenizer = load_target_tokenizer(target, source, strict=strict)
+    tokenizer = named_tokenizer(target, source)
     text = f"{source}: {tokenizer.vocab_size:,} pieces"
     if target is None or source == target.path:
         return text
-    if own_tokenizer(target) is None:
-        return f"{text}; none beside the target to compare with"
-    return f"{text}; the target's own {'encodes alike' if strict else 'has the same pieces'}"
+    same = "the target's own encodes alike" if strict else "no id is another piece of the target's own"
+    return f"{text}; {compare_with_target(tokenizer, source, target, strict=strict) or same}"
 
 
 def _look_at_target(section: TargetSection) -> str:

@@ -61,7 +61,7 @@ def run(config: EvaluateConfig) -> None:
         ]
         models = _Models(config, runtime, tokenizer)
         units = Units(config.out / UNITS, _plan(config, tasks), len(works), ".json", runtime)
-        digests = models.digests()
+        digests = runtime.everywhere(models.digests)
         units.begin(digests)
 
         def make(unit: int, path: Path) -> None:

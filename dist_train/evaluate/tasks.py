@@ -8,15 +8,16 @@ instructions.
 
 from __future__ import annotations
 
+import re
 import string
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from data_shards.inputs import Record, dataset_files
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
 from dist_train.errors import UserError
-from dist_train.formats import Placed, placed_records, refuse_half_characters
+from dist_train.formats import placed_records, refuse_half_characters
 from dist_train.prompts import because, encode_seeds, is_on_side, read_seeds, refuse_long
 from dist_train.tokenizer import Message, Tokenizer
 from dist_train.units import unit_seed
@@ -24,9 +25,12 @@ from dist_train.units import unit_seed
 
 @dataclass(frozen=True)
 class Known:
-    """A dataset: the prompt made of a record's fields, where the hub has it, and how its answers are sampled."""
+    """A dataset: the prompt made of a record's fields, where the hub has it, and how its answers are sampled.
 
-    template: str
+    `template`: None where `generate` knows the records, too, under the preset's name, and reads the same prompts.
+    """
+
+    template: str | None
     hub: tuple[str, str | None, str] | None = None
     """id, configuration, split"""
     temperatures: tuple[float, ...] = (0.0,)
@@ -34,9 +38,7 @@ class Known:
 
 
 PRESETS = {
-    "dolly": Known(
-        "{instruction}\n\n{context}", ("databricks/databricks-dolly-15k", None, "train"), temperatures=(0.6,), top_p=0.9
-    ),
+    "dolly": Known(None, ("databricks/databricks-dolly-15k", None, "train"), temperatures=(0.6,), top_p=0.9),
     "xsum": Known(
         "Summarize the following article in one sentence.\n\n{document}", ("EdinburghNLP/xsum", None, "test")
     ),
@@ -104,11 +106,11 @@ def read_task(task: TaskSection, tokenizer: Tokenizer) -> list[list[Message]]:
     """
     template = task.template or (PRESETS[task.preset].template if task.preset else None)
     if template is None:
-        assert task.inputs is not None
-        same = {"inputs", "prompt_field", "split", "held_out", "max_tokens", "limit"}
-        return read_seeds(SeedsSection(**task.model_dump(include=same)), tokenizer)
+        same = task.model_dump(include={"prompt_field", "split", "held_out", "max_tokens", "limit"})
+        seeds = SeedsSection(inputs=_inputs(task), format=task.preset or "prompt", turns="last", **same)
+        return read_seeds(seeds, tokenizer)
     found: dict[str, list[Message]] = {}
-    for record, where in _records(task):
+    for record, where in placed_records(_inputs(task)):
         prompt = _fill(template, record, where)
         refuse_half_characters(prompt, where)
         messages: list[Message] = [{"role": "user", "content": prompt}]
@@ -125,20 +127,27 @@ def _fits(messages: list[Message], task: TaskSection, tokenizer: Tokenizer) -> b
     return task.max_tokens is None or len(tokenizer.encode_prompt(messages)) <= task.max_tokens
 
 
-def _records(task: TaskSection) -> Iterator[Placed]:
-    inputs = task.inputs
-    if inputs is None:
-        known = PRESETS[task.preset].hub if task.preset else None
-        assert known is not None
-        inputs = dataset_files(*known)
-    return placed_records(inputs)
+def _inputs(task: TaskSection) -> str | list[str]:
+    if task.inputs is not None:
+        return task.inputs
+    hub = PRESETS[task.preset].hub if task.preset else None
+    assert hub is not None
+    return dataset_files(*hub)
+
+
+_FIELD = re.compile(r"[^\[\]]+(\[[^\[\]]+\])*")
 
 
 class _Template(string.Formatter):
     """Fields of a record and what lies in them, `{turns[0]}`: texts and numbers, no attributes of Python's objects."""
 
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """The value of a field. Raises LookupError where the record has none, or something else there."""
+        """The value of a field.
+
+        Raises ValueError where that is no field's name, LookupError where the record has none, or something else there.
+        """
+        if not _FIELD.fullmatch(field_name):
+            raise ValueError(f"{field_name!r} is no field")
         name, *keys = field_name.replace("]", "").split("[")
         value = kwargs[name]
         for key in keys:
@@ -148,7 +157,7 @@ class _Template(string.Formatter):
                 value = value[key]
             else:
                 raise LookupError(key)
-        if not isinstance(value, str | int | float):
+        if isinstance(value, bool) or not isinstance(value, str | int | float) or value != value:  # NaN
             raise LookupError(name)
         return value, name
 
@@ -159,7 +168,7 @@ def _fill(template: str, record: Record, where: Callable[[], str]) -> str:
     except LookupError:
         raise UserError(
             f"{where()}: the record does not have what the prompt {template!r} is made of, texts or numbers; its "
-            f"fields are {', '.join(record)}; name another template or preset"
+            f"fields are {', '.join(record)}; mend it, take it out, or name another template or preset"
         ) from None
     except ValueError as error:
         raise UserError(

@@ -32,7 +32,7 @@ class Client:
     """One server, asked by many threads, each over a connection of its own.
 
     `timeout`: seconds until a silent request counts as failed. `patience`: seconds for which a failing one is tried
-    again. `retries`: how many were, so far.
+    again.
     """
 
     def __init__(self, url: str, key: str | None, timeout: float, patience: float) -> None:
@@ -43,7 +43,6 @@ class Client:
         self._local = threading.local()
         self._lock, self._under_way = threading.Lock(), set[socket.socket]()
         self._given_up, self._why = threading.Event(), ""
-        self.retries = 0
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object that the server answers.
@@ -74,7 +73,6 @@ class Client:
                     "started again, generate goes on with what is missing"
                 )
             else:
-                self.retries += 1
                 self._given_up.wait(delay)
         raise UserError(self._why)
 
@@ -85,7 +83,8 @@ class Client:
             self._given_up.set()
             for sock in self._under_way:
                 with suppress(OSError):  # the server was quicker
-                    sock.shutdown(socket.SHUT_RDWR)
+                    # Not SSLSocket's own: its first step is to forget the encryption, which the other thread yet uses.
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
         """Status, body and the delay that the server asks for, in seconds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +15,20 @@ from dist_train.target import weights_digest
 from dist_train.units import unit_seed
 
 
-class _LocalEngine:
+class _LocalEngine(ABC):
     """A model of this process, which one call at a time uses."""
 
     def __init__(self, model: Any, eos_ids: Sequence[int]) -> None:
         self._model, self._eos_ids = model, list(eos_ids)
 
     def ready(self, ask: Ask, sampling: Sampling) -> str | None:
-        """It is, being loaded: the digest of its weights."""
+        """It is, being loaded, if it can give one token; the digest of its weights."""
+        self.answer([ask], sampling._replace(max_new_tokens=1))
         return weights_digest(self._model)
+
+    @abstractmethod
+    def answer(self, asks: Sequence[Ask], sampling: Sampling) -> list[Answer]:
+        """One answer to each ask."""
 
     def units_at_once(self, unit_size: int) -> int:
         """One."""

@@ -112,7 +112,7 @@ class ServerEngine:
             except RefusedError as refused:
                 refusal = refused
                 continue
-            self._read(dialect, ask, reply, sampling.max_new_tokens)
+            self._read(dialect, ask, reply, sampling.max_new_tokens)  # whether it keeps to one is not asked
             if not dialect.exact:
                 print(
                     f"generate: {self._client.url} takes no top_k and no penalties; its own defaults, if it has any, "

@@ -56,7 +56,7 @@ def run(config: GenerateConfig) -> None:
         began = time.monotonic()
         missing = runtime.agree(units.missing)
         if missing:
-            units.begin(generation.ready())
+            units.begin(runtime.everywhere(generation.ready))
             if runtime.is_first:
                 (config.out / COMPLETE).unlink(missing_ok=True)
             workers = min(len(missing), generation.engine.units_at_once(config.batch_size))
@@ -124,14 +124,14 @@ class Generation:
 
         Raises UserError where that fails.
         """
-        asks, sampling = self._asked(0)
+        asks, sampling = self._asked(self.work(0))
         return {"weights": self.engine.ready(asks[0], sampling)}
 
     def make(self, unit: int, path: Path) -> None:
         """Have one unit answered, and write its file."""
         began = time.monotonic()
-        seeds, condition = self.work(unit)
-        asks, sampling = self._asked(unit)
+        seeds, condition = work = self.work(unit)
+        asks, sampling = self._asked(work)
         answers = self.engine.answer(asks, sampling)
         rows = [
             {
@@ -150,9 +150,9 @@ class Generation:
         write_answers(path, rows, self.origin)
         self._stopwatch.note(unit, began)
 
-    def _asked(self, unit: int) -> tuple[list[Ask], Sampling]:
+    def _asked(self, work: Work) -> tuple[list[Ask], Sampling]:
         """What the engine is asked for a unit."""
-        seeds, condition = self.work(unit)
+        seeds, condition = work
         asks = [
             Ask(self._seeds[seed], self.prompts[seed], _request_seed(self._config.seed, seed, condition))
             for seed in seeds

@@ -8,12 +8,13 @@ from dist_train.target.load import (
     read_target_config,
 )
 from dist_train.target.model import Target, load_decoder, matrix_parameters, weights_digest
-from dist_train.target.tokenizer import end_ids, load_target_tokenizer, named_tokenizer, own_tokenizer
+from dist_train.target.tokenizer import compare_with_target, end_ids, load_target_tokenizer, named_tokenizer
 
 __all__ = [
     "DTYPES",
     "Target",
     "check_vocabulary",
+    "compare_with_target",
     "end_ids",
     "from_pretrained_whole",
     "load_causal_lm",
@@ -21,7 +22,6 @@ __all__ = [
     "load_target_tokenizer",
     "matrix_parameters",
     "named_tokenizer",
-    "own_tokenizer",
     "read_target_config",
     "weights_digest",
 ]

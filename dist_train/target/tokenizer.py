@@ -9,7 +9,7 @@ from typing import Any
 
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
-from dist_train.runtime import find_world
+from dist_train.runtime import is_spokesman
 from dist_train.target.load import check_vocabulary, read_target_config
 from dist_train.tokenizer import PROBES, Tokenizer, differences, load_tokenizer, piece_difference
 
@@ -35,28 +35,27 @@ def load_target_tokenizer(section: TargetSection | None, source: str | None, *, 
         check_vocabulary(section, tokenizer.vocab_size, tokenizer.source)
     if source in (None, section.path):
         return tokenizer
-    own = own_tokenizer(section)
-    if own is None:
-        _tell_uncompared(section.path, str(source))
-        return tokenizer
-    found = differences(tokenizer, own, PROBES) if strict else [piece_difference(tokenizer, own)]
-    if why := "; ".join(filter(None, found)):
-        raise UserError(f"{source} is not the tokenizer of {section.path}: {why}; set tokenizer={section.path}")
+    if why := compare_with_target(tokenizer, str(source), section, strict=strict):
+        _tell_once(f"{source}: {why}")
     return tokenizer
 
 
-def own_tokenizer(section: TargetSection) -> Tokenizer | None:
-    """What the target has beside it; None where that is nothing."""
+def compare_with_target(tokenizer: Tokenizer, source: str, section: TargetSection, *, strict: bool) -> str | None:
+    """Raise UserError where the tokenizer of `source` is not the target's; say why not where that cannot be told."""
     try:
-        return named_tokenizer(section, None)
-    except UserError:
-        return None
+        own = named_tokenizer(section, None)
+    except UserError as error:
+        return f"taken for the target's without a look: {error}"
+    found = differences(tokenizer, own, PROBES) if strict else [piece_difference(tokenizer, own)]
+    if why := "; ".join(filter(None, found)):
+        raise UserError(f"{source} is not the tokenizer of {section.path}: {why}; set tokenizer={section.path}")
+    return None
 
 
 @cache
-def _tell_uncompared(target: str, source: str) -> None:
-    if find_world().rank == 0:
-        print(f"{target}: no tokenizer beside it: {source} is taken for the target's, unseen", file=sys.stderr)
+def _tell_once(line: str) -> None:
+    if is_spokesman():
+        print(line, file=sys.stderr, flush=True)
 
 
 def end_ids(tokenizer: Tokenizer, generation: Any) -> list[int]:

@@ -12,6 +12,8 @@ from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
 
+_MEND = "put tokenizer.json or tokenizer.model there, or set tokenizer to a folder that has one"
+
 
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer that exists only as Hugging Face files (Llama 3, Qwen, ...)."""
@@ -23,17 +25,11 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             reason = first_line(error).rstrip(": ")
-            raise UserError(
-                f"{source}: no tokenizer can be loaded from it: {reason}; "
-                "put tokenizer.json or tokenizer.model there, or set tokenizer to a folder that has one"
-            ) from error
+            raise UserError(f"{source}: no tokenizer can be loaded from it: {reason}; {_MEND}") from error
         # Of a folder that has none of its files transformers makes up an empty tokenizer of the model's family.
         names = {*self._tokenizer.vocab_files_names.values(), "tokenizer.json"}
         if not any((Path(source) / name).exists() for name in names):
-            raise UserError(
-                f"{source}: no tokenizer in it: none of {', '.join(sorted(names))}; put it there, "
-                "or set tokenizer to a folder that has one"
-            )
+            raise UserError(f"{source}: no tokenizer in it: none of {', '.join(sorted(names))}; {_MEND}")
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"{source}: its tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
         self.source = source

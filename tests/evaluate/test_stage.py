@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from data_shards import ShardedTokens
 from data_shards.files import read_json
+from dist_train.tokenizer import load_tokenizer
 
 
 def evaluation(tiny, out, *more):
@@ -124,6 +125,7 @@ def test_a_model_that_gives_nan_is_named(tiny, refused, tmp_path, which, tempera
     broken = AutoModelForCausalLM.from_pretrained(getattr(tiny, which))
     broken.lm_head.weight.data[7] = float("nan")
     broken.save_pretrained(tmp_path / which)
+    load_tokenizer(tiny.tokenizer).save(tmp_path / which)
     models = {"target": tiny.target, "drafter": tiny.drafter, which: tmp_path / which}
     told = refused(
         *evaluation(tiny, tmp_path / "out", f"target.path={models['target']}", f"drafters={{a: {models['drafter']}}}"),
@@ -238,8 +240,6 @@ def test_mistakes_are_one_line(tiny, refused, other_tokenizer, tmp_path):
 
 @pytest.mark.parametrize("special", ["</s>", "<s>", "[/INST]"])
 def test_special_tokens_in_a_users_text_stay_text(tiny, special):
-    from dist_train.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(tiny.tokenizer)
     ids = tokenizer.encode_prompt([{"role": "user", "content": f"say {special} now"}])
     assert ids == [1, *tokenizer.encode(f"[INST] say {special} now [/INST]")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -67,7 +68,7 @@ def test_another_file_is_refused_by_its_fields(tmp_path, tokenizer):
         read_task(TaskSection(preset="cnn_dailymail", inputs=str(file)), tokenizer)
     with pytest.raises(UserError, match=r"fields are text"):
         read_task(TaskSection(name="mine", template="{turns[0]}", inputs=str(file)), tokenizer)
-    for template in ("{", "{text:d}", "{text!z}"):
+    for template in ("{", "{text:d}", "{text!z}", "{text[a]b}", "{text]}"):
         with pytest.raises(UserError, match=r"other.jsonl:1: .*a brace that is meant as such is doubled"):
             read_task(TaskSection(name="mine", template=template, inputs=str(file)), tokenizer)
     found = read_task(TaskSection(name="mine", template="Say {text}", inputs=str(file)), tokenizer)
@@ -84,6 +85,8 @@ def test_another_file_is_refused_by_its_fields(tmp_path, tokenizer):
         ("{turns[0]}", {"turns": "not a list of turns"}),
         ("{turns[1]}", {"turns": ["one"]}),
         ("{q}", {"q": ["a"]}),
+        ("{q}", {"q": True}),
+        ("{q}", {"q": math.nan}),
         ("{q[de]}", {"q": {"en": "a"}}),
         ("{q[de]}", {"q": ["a"]}),
         ("{q.__class__}", {"q": "a"}),

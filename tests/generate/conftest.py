@@ -17,6 +17,8 @@ class Alone:
     def agree(self, action):
         return action()
 
+    everywhere = agree
+
     def barrier(self):
         pass
 

@@ -226,3 +226,22 @@ def test_a_fault_of_one_rank_is_told_by_that_rank(tiny, tmp_path):
     _, second = on_ranks(FULL_DISK.format(limit=1000), 2, *generation(tiny, tmp_path / "out"), check=False)
     assert second.returncode == 2
     assert "dist-train generate: rank 1: " in second.stderr and "cannot be written: File too large" in second.stderr
+
+
+UNREACHED = """
+import os, sys
+from dist_train.cli import main
+where = ["engine.url=http://127.0.0.1:9/v1", "engine.patience=1"] if os.environ["RANK"] == "1" else []
+code = main([*sys.argv[1:], *where])
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(code)
+"""
+
+
+def test_a_server_that_one_rank_does_not_reach_is_told_once_and_nothing_is_begun(tiny, fake_server, tmp_path):
+    server = ["engine.kind=openai", f"engine.url={fake_server().url}", "engine.model=tiny"]
+    ranks = on_ranks(UNREACHED, 2, *generation(tiny, tmp_path / "out", *server), check=False)
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert "dist-train generate: rank 1: http://127.0.0.1:9/v1: gave up after" in ranks[0].stderr
+    assert "".join(rank.stderr for rank in ranks).count("gave up") == 1
+    assert not list((tmp_path / "out").iterdir())

@@ -86,10 +86,10 @@ TREES = [
         ("openassistant", message("2", "1", "wizard", "a"), "message_id, parent_id, text, role"),
         ("openassistant", message("2", "1", "prompter", None), "message_id, parent_id, text, role"),
         ("openassistant", message(["2"], "1", ["prompter"], "a"), "message_id, parent_id, text, role"),
-        ("openassistant", message("2", ["1"], "prompter", "a"), "one is a text, the other is not"),
+        ("openassistant", message("2", ["1"], "prompter", "a"), "are not of one kind"),
         ("openassistant", message("2", "1", "prompter", "a \ud800"), "half a surrogate pair at character 2"),
         ("openassistant", message(True, None, "prompter", "a"), "message_id, parent_id, text, role"),
-        ("openassistant", message("2", 1, "prompter", "a"), "one is a text, the other is not"),
+        ("openassistant", message("2", 1, "prompter", "a"), "are not of one kind"),
         ("openassistant", message("1", None, "prompter", "b?"), "message_id '1' is another message's at "),
         ("openassistant", message("2", "2", "prompter", "a"), "its own ancestor"),
     ],
@@ -140,8 +140,9 @@ def test_messages_that_are_each_others_parent_are_named(seeds, tmp_path, turns):
 
 
 def test_a_message_that_is_there_twice_counts_once(seeds):
-    nan = [{**record, "parent_id": record["parent_id"] or math.nan} for record in TREES]
-    assert seeds(nan + nan, format="openassistant") == [[user("a?")], [user("lone?")]]
+    for root in (math.nan, ""):
+        again = [{**record, "parent_id": record["parent_id"] or root} for record in TREES]
+        assert seeds(TREES + again, format="openassistant") == [[user("a?")], [user("lone?")]]
 
 
 def test_turns_of_a_conversation(seeds):

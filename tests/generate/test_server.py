@@ -107,11 +107,9 @@ def test_whichever_request_finds_what_is_wrong_the_others_end_with_it(tiny, here
     code, _, complaint = here(*asking(tiny, tmp_path / "out", server.url))
     assert code == 2 and "the server has another tokenizer" in complaint
     assert server.failed[stuck_by]
-    deadline = began + 20
     while Client.ask.__code__ in {at.f_code for top in sys._current_frames().values() for at, _ in walk_stack(top)}:
-        assert time.monotonic() < deadline
         time.sleep(0.1)
-    assert time.monotonic() < deadline
+    assert time.monotonic() - began < 120
     assert not list((tmp_path / "out").glob("_claim-*"))
 
 
@@ -119,14 +117,16 @@ def test_a_folder_in_which_nothing_could_be_begun_takes_the_corrected_command(ti
     server, broken = fake_server(), tmp_path / "broken"
     shutil.copytree(tiny.target, broken)
     os.truncate(broken / "model.safetensors", 2000)
-    for name, wrong, right in (
-        ("asked", asking(tiny, tmp_path / "asked", server.url, "engine.model=tinyy"), ["engine.model=tiny"]),
-        ("loaded", generation(tiny, tmp_path / "loaded", f"target.path={broken}"), [f"target.path={tiny.target}"]),
+    asked, loaded = (tmp_path / name for name in ("asked", "loaded"))
+    for command, wrong, why, right in (
+        (asking(tiny, asked, server.url), "engine.model=tinyy", "refused for model 'tinyy'", "engine.model=tiny"),
+        (generation(tiny, loaded), f"target.path={broken}", f"{broken}: ", f"target.path={tiny.target}"),
     ):
-        assert here(*wrong, "seeds.limit=4")[0] == 2
-        code, _, complaint = here(*wrong, "seeds.limit=4", *right)
+        code, _, complaint = here(*command, "seeds.limit=4", wrong)
+        assert code == 2 and why in complaint
+        code, _, complaint = here(*command, "seeds.limit=4", right)
         assert code == 0, complaint
-        assert len(files(tmp_path / name)) == 2
+    assert len(files(asked)) == len(files(loaded)) == 2
 
 
 def test_mistakes_in_the_configuration(tiny, refused, other_tokenizer, tmp_path):

@@ -30,7 +30,9 @@ def make(unit, path):
     print(unit, flush=True)
     time.sleep(seconds)
     path.write_text(str(unit))
-units.Units(folder, {}, count, ".txt", Alone).run(make)
+all_of_them = units.Units(folder, {}, count, ".txt", Alone)
+all_of_them.begin({})
+all_of_them.run(make)
 """
 
 
@@ -45,7 +47,7 @@ def made(process):
 
 
 def is_whole(folder: Path, count=40):
-    files = {path.name: path.read_text() for path in folder.iterdir() if not path.name.startswith("_plan")}
+    files = {path.name: path.read_text() for path in folder.iterdir() if not path.name.startswith(("_plan", "_begun"))}
     return files == {f"unit-{unit:06d}.txt": str(unit) for unit in range(count)}
 
 
