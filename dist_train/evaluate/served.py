@@ -26,6 +26,7 @@ from dist_train.errors import UserError
 from dist_train.evaluate.results import RESULTS, make_folder
 from dist_train.evaluate.tables import interval, markdown, shares
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
+from dist_train.generate.asks import UNBENT
 from dist_train.target import load_target_tokenizer, named_tokenizer, read_target_config
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import unit_seed
@@ -207,6 +208,7 @@ def _measure(
             "max_tokens": sampling.max_new_tokens,
             "temperature": temperature,
             "top_p": sampling.top_p if temperature > 0 else 1.0,
+            **UNBENT,  # as offline
             "seed": unit_seed(config.seed, name, i) % 2**31,
         }
         for i, ids in enumerate(prompts.ids)

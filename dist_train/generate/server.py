@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from dist_train.errors import UserError
-from dist_train.generate.asks import Answer, Ask, Sampling
+from dist_train.generate.asks import UNBENT, Answer, Ask, Sampling
 from dist_train.generate.http import Client, RefusedError
 from dist_train.tokenizer import Tokenizer
 
@@ -36,12 +36,11 @@ class Dialect(NamedTuple):
     exact: bool
 
 
-_UNBENT = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 _TRANSFORMERS = {"generation_config": "filled in by _body"}
 DIALECTS = (
-    Dialect(True, {**_UNBENT, "return_token_ids": True}, True),
-    Dialect(True, _UNBENT, True),
-    Dialect(False, {**_UNBENT, "return_token_ids": True}, True),
+    Dialect(True, {**UNBENT, "return_token_ids": True}, True),
+    Dialect(True, UNBENT, True),
+    Dialect(False, {**UNBENT, "return_token_ids": True}, True),
     Dialect(False, _TRANSFORMERS, True),
     Dialect(True, {}, False),
     Dialect(False, {}, False),

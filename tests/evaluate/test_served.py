@@ -125,6 +125,8 @@ def test_the_table_is_what_the_server_counted_meanwhile(tiny, command, tmp_path)
     assert row["accepted_shares"] == pytest.approx(shares)
     assert len(requests) == 10 and {request["model"] for request in requests} == {"the-target"}
     assert {(request["temperature"], request["max_tokens"]) for request in requests} == {(0.0, 12)}
+    off = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}  # of the model's generation configuration
+    assert all(request.items() >= off.items() for request in requests)
     assert all(isinstance(token, int) for request in requests for token in request["prompt"])
     assert f"{row['block_efficiency']:.2f}" in said
 
