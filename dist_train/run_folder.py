@@ -18,6 +18,7 @@ from pathlib import Path
 from data_shards.errors import DataError
 from data_shards.files import file_xxh64, read_json
 
+CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 LOGS = "logs"
@@ -32,6 +33,13 @@ def committed(folder: Path) -> list[Path]:
     """The committed checkpoints in a run's checkpoint folder, oldest first; what else is there does not count."""
     found = (path.parent for path in folder.glob(f"step-*/{MANIFEST}"))
     return sorted(path for path in found if re.fullmatch(r"step-\d+", path.name))
+
+
+def run_of(model: Path) -> Path | None:
+    """The run folder whose checkpoint has `model` as its drafter; None where it is no run's."""
+    checkpoint = model.parent
+    run = checkpoint.parent.parent
+    return run if (checkpoint / MANIFEST).exists() and (run / CONFIG).exists() else None
 
 
 def list_checkpoints(run: Path) -> list[Path]:

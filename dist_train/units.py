@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.errors import DataError
-from data_shards.files import read_json, write_json
-from dist_train.claims import PREFIX, Claims
+from data_shards.files import read_json, remove_stale, write_json
+from dist_train.claims import LEASE_SECONDS, PREFIX, Claims
 from dist_train.errors import RankError, UserError
 from dist_train.runtime import Runtime
 
@@ -87,6 +87,7 @@ class Units:
         """Mark the folder as whole, with what is to be known of it; the last thing that is written."""
         for claim in self.folder.glob(f"{PREFIX}*"):
             claim.unlink(missing_ok=True)  # of a process that was killed when its unit was there, before it let go
+        remove_stale(self.folder, LEASE_SECONDS)
         write_json(self.folder / COMPLETE, {"units": self.count, **facts})
 
     def _open(self) -> None:
@@ -240,7 +241,10 @@ def refuse_other_plan(folder: Path, plan: dict[str, Any]) -> None:
 
 
 def _refuse_other(path: Path, facts: dict[str, Any]) -> None:
-    found = read_json(path) if path.exists() else facts
+    try:
+        found = read_json(path) if path.exists() else facts
+    except DataError as error:
+        raise UserError(f"{path}: torn, so that nothing tells what is in {path.parent}; remove that folder") from error
     changed = sorted(key for key in facts.keys() | found.keys() if facts.get(key) != found.get(key))
     if changed:
         done = "" if any(path.parent.glob("unit-*")) else ", of which no unit is done"

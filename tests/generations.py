@@ -90,7 +90,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        said = self.rfile.read(length)
+        if len(said) < length:
+            return self.drop()  # it was hung up
+        body = json.loads(said)
         with server.lock:
             server.under_way += 1
             server.most_under_way = max(server.under_way, server.most_under_way)

@@ -11,14 +11,23 @@ from typing import Any
 from data_shards.errors import DataError
 from data_shards.files import read_json, write_json
 from dist_train.config import EvaluateConfig, save_config
-from dist_train.drafter import find_model, load_drafter, read_drafter_config
+from dist_train.drafter import check_drafter, find_model, load_drafter, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.progress import Progress
 from dist_train.runtime import Runtime, started
-from dist_train.target import DTYPES, end_ids, load_decoder, load_target_tokenizer, read_target_config, weights_digest
+from dist_train.target import (
+    DTYPES,
+    config_digest,
+    end_ids,
+    load_decoder,
+    load_target_tokenizer,
+    read_target_config,
+    target_identity,
+    weights_digest,
+)
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import Units, refuse_other_plan, unit_seed
 
@@ -35,11 +44,7 @@ def check(config: EvaluateConfig) -> None:
     target = read_target_config(config.target)
     models = {config.target.path: target}
     for name, path in config.drafters.items():
-        models[f"drafter {name}"] = drafter = read_drafter_config(path)
-        if drafter.vocab_size != target.vocab_size:
-            raise UserError(
-                f"drafter {name}: a vocabulary of {drafter.vocab_size}, the target's has {target.vocab_size}"
-            )
+        models[f"drafter {name}"] = check_drafter(path, f"drafter {name}", target.vocab_size, tokenizer)
     tasks = load_prompts(config, tokenizer)
     for source, model in models.items():
         refuse_long_prompts(tasks, source, model, max(config.gammas))
@@ -182,9 +187,10 @@ def _identity(config: EvaluateConfig, weights: str) -> dict[str, Any]:
 
 def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> dict[str, Any]:
     """What the counts depend on, save the weights."""
+    drafters = {name: (find_model(path), read_drafter_config(path)) for name, path in config.drafters.items()}
     return {
-        "target": config.target.model_dump(mode="json"),
-        **{f"drafter {name}": str(find_model(path)) for name, path in config.drafters.items()},
+        "target": {**config.target.model_dump(mode="json"), **target_identity(config.target)},
+        **{f"drafter {name}": [str(folder), config_digest(shape)] for name, (folder, shape) in drafters.items()},
         **{f"task {name}": [prompts.identity, *map(str, prompts.sampling)] for name, prompts in tasks.items()},
         **config.model_dump(mode="json", include={"gammas", "drafting", "batch_size", "seed"}),
     }

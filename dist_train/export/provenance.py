@@ -10,7 +10,7 @@ import yaml
 from data_shards.files import read_json
 from dist_train.drafter import find_model
 from dist_train.errors import UserError
-from dist_train.run_folder import MANIFEST
+from dist_train.run_folder import CONFIG, MANIFEST, run_of
 
 
 def training_provenance(drafter: Path) -> list[dict[str, Any]]:
@@ -22,14 +22,14 @@ def training_provenance(drafter: Path) -> list[dict[str, Any]]:
     at: Path | None = drafter
     while at is not None:
         try:
-            checkpoint = find_model(at).parent
+            model = find_model(at)
         except UserError:  # the run before is gone, or on another machine
             break
-        run = checkpoint.parent.parent
-        if not ((checkpoint / MANIFEST).exists() and (run / "config.yaml").exists()):
+        run = run_of(model)
+        if run is None:
             break
-        config = yaml.safe_load((run / "config.yaml").read_text())
-        found.insert(0, _entry(config, read_json(checkpoint / MANIFEST)))
+        config = yaml.safe_load((run / CONFIG).read_text())
+        found.insert(0, _entry(config, read_json(model.parent / MANIFEST)))
         before = config["drafter"].get("init_from")
         at = Path(before) if before else None
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_train import __version__
 from dist_train.config import ExportConfig, SeedsSection, TargetSection
-from dist_train.drafter import damaged_weights, find_model, load_drafter, read_drafter_config
+from dist_train.drafter import damaged_weights, find_model, load_drafter, read_drafter_config, refuse_other_pieces
 from dist_train.errors import UserError
 from dist_train.export.assisted import check_assisted_generation
 from dist_train.export.card import Facts, model_card, read_results
@@ -61,6 +61,7 @@ def _check_export(config: ExportConfig, reference: Reference) -> None:
     source = find_model(config.drafter)
     if damaged := damaged_weights(source):
         raise UserError(f"{source.parent}: is damaged: {'; '.join(damaged)}; restore it or name another checkpoint")
+    refuse_other_pieces(config.drafter, "drafter", reference.tokenizer)
     _raise_failed(source, source_gate(source, reference, config.serving_length))
     if config.llama_cpp is not None:
         find_converter(config.llama_cpp)

@@ -203,7 +203,7 @@ class ServerEngine:
             listed = [str(entry["id"]) for entry in self._client.ask("GET", "/models")["data"]]
         except (RefusedError, UserError, KeyError, TypeError):
             return ""
-        return f"; it has {', '.join(listed[:5])} (engine.model)" if listed else ""
+        return "" if self._model in listed or not listed else f"; it has {', '.join(listed[:5])} (engine.model)"
 
 
 def _letters(text: str) -> str:

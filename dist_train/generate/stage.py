@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import time
 from functools import cached_property
@@ -12,9 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from data_shards.files import read_json, remove_stale, write_json
-from dist_train.claims import LEASE_SECONDS
-from dist_train.config import GenerateConfig, TargetSection, save_config
+from data_shards.files import read_json, write_json
+from dist_train.config import GenerateConfig, save_config
 from dist_train.errors import UserError
 from dist_train.generate.answers import write_answers
 from dist_train.generate.asks import Ask, Condition, Engine, Sampling, conditions
@@ -24,7 +21,14 @@ from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.progress import Progress
 from dist_train.prompts import encode_seeds, read_all_seeds, refuse_long
 from dist_train.runtime import started
-from dist_train.target import end_ids, load_decoder, load_target_tokenizer, read_target_config
+from dist_train.target import (
+    end_ids,
+    load_decoder,
+    load_target_tokenizer,
+    read_generation_config,
+    read_target_config,
+    target_identity,
+)
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import COMPLETE, Units, refuse_other_plan, unit_seed
 
@@ -81,7 +85,7 @@ class Generation:
         self._stopwatch = Stopwatch(config.out)
         engine = config.engine
         self.origin: dict[str, Any] = {
-            "target": {"path": config.target.path, "revision": config.target.revision, "config": _digest(self.target)},
+            "target": target_identity(config.target),
             "tokenizer": tokenizer.sha256,
             "engine": engine.kind if engine.kind == "openai" else f"transformers, {engine.batching} batching",
         }
@@ -178,23 +182,8 @@ def _server(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> En
 
     engine = config.engine
     client = Client(engine.url, os.environ.get(engine.key_variable), engine.timeout, engine.patience)
-    eos_ids = end_ids(tokenizer, _generation_config(config.target))
+    eos_ids = end_ids(tokenizer, read_generation_config(config.target))
     return ServerEngine(client, engine.model or config.target.path, tokenizer, eos_ids, vocab_size, engine.concurrency)
-
-
-def _generation_config(target: TargetSection) -> Any:
-    """The target's, None where it has none."""
-    from transformers import GenerationConfig
-
-    try:
-        revision: Any = target.revision
-        return GenerationConfig.from_pretrained(target.path, revision=revision)
-    except OSError:
-        return None
-
-
-def _digest(target: Any) -> str:
-    return hashlib.sha256(json.dumps(target.to_dict(), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _conclude(config: GenerateConfig, generation: Generation, units: Units, seconds: float) -> None:
@@ -206,7 +195,6 @@ def _conclude(config: GenerateConfig, generation: Generation, units: Units, seco
         )
         if not statistics["tokens"]:
             raise UserError(f"{config.out}: every answer is empty; does the tokenizer fit the target?")
-        remove_stale(config.out, LEASE_SECONDS)
         save_config(config, config.out / "_config.yaml")
         write_json(config.out / STATISTICS, statistics)
         write_page(config.out, statistics, generation.origin)

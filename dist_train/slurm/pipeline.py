@@ -50,7 +50,7 @@ def check_wiring(
 
 def check_rest(config: Any, awaited: Collection[str]) -> None:
     """What a stage reads, save the `awaited` keys, as its own check would. Raises UserError or DataError."""
-    from dist_train.drafter import read_drafter_config
+    from dist_train.drafter import check_drafter
     from dist_train.evaluate.tasks import load_prompts
     from dist_train.prompts import read_all_seeds
     from dist_train.target import load_target_tokenizer, read_target_config
@@ -64,9 +64,7 @@ def check_rest(config: Any, awaited: Collection[str]) -> None:
         tokenizer = load_target_tokenizer(target, given["tokenizer"], strict=not trains)
     for key, text in given.items():
         if key.startswith("drafter"):
-            found = read_drafter_config(Path(text)).vocab_size
-            if size not in (None, found):
-                raise UserError(f"{key}: {text}: a vocabulary of {found}, the target's has {size}")
+            check_drafter(Path(text), key, size, tokenizer)
         elif key.startswith(("data.", "held_out.")) and tokenizer is not None:
             check_corpus(Path(text), tokenizer, config)
     if tokenizer is None:

@@ -7,6 +7,8 @@ them, so each file is read from disk once a node.
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +41,34 @@ def read_target_config(section: TargetSection) -> PretrainedConfig:
     except (OSError, ValueError) as error:
         raise UserError(f"{section.path}: no target model: {first_line(error)}") from error
     return config.get_text_config()
+
+
+def read_generation_config(section: TargetSection) -> Any:
+    """What its answers end at and are bent by, if it has such a file; else None."""
+    from transformers import GenerationConfig
+
+    try:
+        revision: Any = section.revision
+        return GenerationConfig.from_pretrained(section.path, revision=revision)
+    except OSError:
+        return None
+
+
+def target_identity(section: TargetSection) -> dict[str, str | None]:
+    """What tells a target from another at the same path, without its weights."""
+    generation = read_generation_config(section)
+    return {
+        "path": section.path,
+        "revision": section.revision,
+        "config": config_digest(read_target_config(section)),
+        "generation": generation and config_digest(generation),
+    }
+
+
+def config_digest(config: Any) -> str:
+    """Of a Hugging Face configuration, whatever version of transformers reads it."""
+    content = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def check_vocabulary(section: TargetSection, vocab_size: int, of_what: str) -> None:

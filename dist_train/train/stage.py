@@ -11,7 +11,14 @@ from typing import Any
 
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
-from dist_train.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, read_drafter_config
+from dist_train.drafter import (
+    TrainableDrafter,
+    check_drafter,
+    drafter_config,
+    load_drafter,
+    new_drafter,
+    read_drafter_config,
+)
 from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
@@ -40,9 +47,7 @@ def check(config: TrainConfig) -> None:
         raise UserError(f"objective {config.objective} compares with a target; set target.path, or use {{ce: 1.0}}")
     vocab_size = _vocab_size(config, tokenizer)
     if config.drafter.init_from is not None:
-        found = read_drafter_config(config.drafter.init_from).vocab_size
-        if found != vocab_size:
-            raise UserError(f"{config.drafter.init_from}: a vocabulary of {found}, not the {vocab_size} of this run")
+        check_drafter(config.drafter.init_from, "drafter.init_from", vocab_size, tokenizer)
     else:
         _shape(config, tokenizer)
     if config.held_out is not None:

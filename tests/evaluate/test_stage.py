@@ -114,9 +114,20 @@ def test_an_evaluation_goes_on_with_missing_units(tiny, command, refused, tmp_pa
     assert "begun with another drafter base;" in refused(*words(1))
     shutil.copytree(tiny.drafter, drafter, dirs_exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(target)
-    model.lm_head.weight.data *= 2
+    model.lm_head.weight.data[7, 5] *= 2  # and be it one number
     model.save_pretrained(target)
     assert "begun with another drafter itself, target;" in refused(*words(1))
+    shutil.copytree(tiny.target, target, dirs_exist_ok=True)
+    assert command(*words(1))[0] == 0
+    for path, change, what in (
+        (target / "config.json", {"rms_norm_eps": 0.5}, "drafter itself, target"),
+        (target / "generation_config.json", {"eos_token_id": [2, 9]}, "target"),
+        (drafter / "config.json", {"rms_norm_eps": 0.5}, "drafter base"),
+    ):
+        before = path.read_text()
+        path.write_text(json.dumps({**json.loads(before), **change}))
+        assert f"begun with another {what};" in refused(*words(1))
+        path.write_text(before)
 
 
 @pytest.mark.parametrize("which", ["drafter", "target"])
@@ -209,6 +220,8 @@ def test_mistakes_are_one_line(tiny, refused, other_tokenizer, tmp_path):
 
     shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=384, **shape)).save_pretrained(tmp_path / "other")
+    unlike = shutil.copytree(tiny.drafter, tmp_path / "unlike")
+    load_tokenizer(other_tokenizer).save(unlike)
     few = {**shape, "max_position_embeddings": 40}
     LlamaForCausalLM(LlamaConfig(vocab_size=tiny.vocab_size, **few)).save_pretrained(tmp_path / "few")
     exported = ["export", f"drafter={tiny.drafter}", f"out={tmp_path / 'out'}", f"target.path={tiny.target}"]
@@ -224,6 +237,8 @@ def test_mistakes_are_one_line(tiny, refused, other_tokenizer, tmp_path):
         ([*exported, prompts, f"drafter={tmp_path / 'few'}"], "the drafter has 40 positions"),
         (evaluation(tiny, tmp_path / "out", "drafters={x: /nowhere}"), "/nowhere: no run, checkpoint or Hugging Face"),
         (evaluation(tiny, tmp_path / "out", f"drafters={{x: {tmp_path / 'other'}}}"), "a vocabulary of 384"),
+        (evaluation(tiny, tmp_path / "out", f"drafters={{x: {unlike}}}"), f"drafter x: {unlike} was trained with "),
+        ([*exported, f"drafter={unlike}"], f"drafter: {unlike} was trained with {unlike}/tokenizer.model, not with "),
         (evaluation(tiny, tmp_path / "out", "tasks=[{name: a, inputs: /nowhere}]"), "/nowhere: no such input file"),
         (evaluation(tiny, tmp_path / "out", f"tokenizer={other_tokenizer}"), f"is not the tokenizer of {tiny.target}"),
         (evaluation(tiny, tmp_path / "out", "tasks.0.prompt_field=question"), "no prompt in 'question'"),

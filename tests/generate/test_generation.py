@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -171,13 +172,21 @@ def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
     assert here(*again)[0] == 0
     whole = files(tmp_path / "out")
     weights = load_file(tmp_path / "target" / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"] *= 1.01
+    weights["model.layers.1.mlp.up_proj.weight"][5, 7] *= 1.01
     save_file(weights, tmp_path / "target" / "model.safetensors", {"format": "pt"})
     assert here(*again)[0] == 0 and files(tmp_path / "out") == whole  # nothing is missing
     (tmp_path / "out" / "unit-000001.parquet").unlink()
     code, _, complaint = here(*again)
     assert code == 2 and f"{tmp_path / 'out'}: holds work begun with another weights" in complaint
     assert len(files(tmp_path / "out")) == 1
+    settings = tmp_path / "target" / "generation_config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps({**json.loads(before), "eos_token_id": [2, 50]}))
+    assert "holds work begun with another target;" in here(*again)[2]
+    settings.write_text(before)
+    plan = tmp_path / "out" / "_plan.json"
+    plan.write_text(plan.read_text()[:-9])
+    assert f"{plan}: torn, so that nothing tells what is in {tmp_path / 'out'}; remove" in here(*again)[2]
 
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan  # one that answers nothing
     save_file(weights, tmp_path / "target" / "model.safetensors", {"format": "pt"})

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+import yaml
 from runs import arguments, distillation, losses, patched, run_by
 from safetensors.torch import load_file, save_file
 
@@ -73,6 +74,17 @@ def test_a_target_of_other_weights_and_a_drafter_of_other_heads_are_named(tiny, 
     done = run_by(1, *distillation(tiny, run, "drafter.heads=1", steps=7), expect=2)
     assert "the drafter's head_dim is 16, it was 8" in done.stderr
     assert (run / "config.yaml").read_text() == config
+
+
+def test_a_run_with_another_tokenizer_begins_no_other_and_drafts_for_no_other(
+    tiny, refused, run, other_tokenizer, tmp_path
+):
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "tokenizer": str(other_tokenizer), "target": None}))
+    warm = distillation(tiny, tmp_path / "next", f"drafter.init_from={run}")
+    exported = ["export", f"drafter={run}", f"target.path={tiny.target}", f"out={tmp_path / 'out'}"]
+    for command, name in ((warm, "drafter.init_from"), (exported, "drafter")):
+        assert f"{name}: {run} was trained with {other_tokenizer}" in refused(*command)
 
 
 def test_damaged_weights_begin_no_other_run(tiny, run, tmp_path):
