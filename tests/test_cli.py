@@ -96,6 +96,24 @@ def test_a_second_ctrl_c_while_the_first_is_told_changes_nothing():
     assert (done.returncode, done.stderr) == (130, "dist-train prepare: stopped; the same command goes on\n")
 
 
+INTERRUPTED_EARLY = """
+import runpy, sys
+
+class Finder:
+    def find_spec(self, name, *more):
+        if name == "dist_train.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("dist_train", run_name="__main__")
+"""
+
+
+def test_ctrl_c_before_the_command_line_is_there_leaves_no_traceback():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_EARLY], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
+
+
 def test_an_empty_corpus_is_refused_by_name(cli, tmp_path):
     (tmp_path / "empty.jsonl").touch()
     done = cli("demo", "--out", tmp_path / "out", "--corpus", tmp_path / "empty.jsonl", expect=2)
