@@ -97,7 +97,7 @@ def plan_units(files: Sequence[InputFile], unit_bytes: int = UNIT_BYTES) -> list
     """Cut line files and Parquet files into parts of about `unit_bytes`; a compressed file is one unit."""
     units: list[Unit] = []
     for path, size in files:
-        if _kind(path) == "parquet" and size:
+        if _kind(path) == "parquet":
             units += _row_group_units(path, unit_bytes)
         else:
             step = max(size, 1) if path.endswith(_COMPRESSED) else unit_bytes
@@ -299,4 +299,5 @@ def _parquet(path: str, file: BinaryIO) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(file)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a Parquet file: {error}") from error
+        reason = first_line(error).rstrip(".")
+        raise DataError(f"{path}: not a Parquet file: {reason}; fetch or write it again, or take it out") from error

@@ -55,6 +55,8 @@ def test_help_of_a_stage_lists_every_key_of_its_configuration(capsys):
         (["pretrain", "nowhere.yaml"], "nowhere.yaml: cannot be read: No such file"),
         (["pretrain", "--nproc", "0"], "it takes at least 1"),
         (["export", "--nproc", "2", "drafter=x", "target.path=y", "out=z"], "--nproc 2: one process does this"),
+        (["evaluate", "--compare", "a", "b", "--nproc", "2"], "--nproc 2: --compare only reads results"),
+        (["evaluate", "--compare", "a", "b", "--dry-run"], "--dry-run: --compare only reads results"),
         (["checkpoint", "ls", "/nowhere"], "/nowhere: no checkpoint here"),
         (["tokenizer", "check", "/nowhere", "/elsewhere"], "/nowhere: no such tokenizer"),
         (["tokenizer", "train", "/nowhere", "--out", "x"], "/nowhere: no such input file"),
@@ -70,6 +72,46 @@ def test_a_mistake_is_one_line_without_traceback_and_exit_code_2(capfd, words, m
     assert message in complaint
     assert complaint.count("\n") == 1
     assert not said
+
+
+INTERRUPTED_TWICE = """
+import os, signal
+from dist_train import cli
+from dist_train.cli import stages
+
+def stage(options):
+    raise KeyboardInterrupt("the same command goes on")
+
+def tell(line, tell=cli._tell, **how):
+    os.kill(os.getpid(), signal.SIGINT)  # as --nproc passes on what the terminal has sent already
+    tell(line, **how)
+
+stages._run_stage, cli._tell = stage, tell
+cli.main(["prepare"])
+"""
+
+
+def test_a_second_ctrl_c_while_the_first_is_told_changes_nothing():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_TWICE], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "dist-train prepare: stopped; the same command goes on\n")
+
+
+INTERRUPTED_EARLY = """
+import runpy, sys
+
+class Finder:
+    def find_spec(self, name, *more):
+        if name == "dist_train.cli":
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module("dist_train", run_name="__main__")
+"""
+
+
+def test_ctrl_c_before_the_command_line_is_there_leaves_no_traceback():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED_EARLY], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_an_empty_corpus_is_refused_by_name(cli, tmp_path):

@@ -6,6 +6,7 @@ Imports of torch and its kind happen inside the stages, so that help and error m
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(f"dist-train {options.command}: {error}", every=isinstance(error, RankError))
         return getattr(error, "exit_code", BAD_INPUT)
     except KeyboardInterrupt as stop:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # --nproc passes on what its terminal has sent to all
         _tell(f"dist-train {options.command}: {'; '.join(['stopped', *stop.args])}")
         os._exit(STOPPED)  # the interpreter's end would wait for threads that are at work
 

@@ -150,6 +150,9 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     if options.compare and options.server is not None:
         raise UserError("--compare and --server: one at a time; compare what is in results folders")
     if options.compare:
+        if options.dry_run or (options.nproc or 1) > 1:
+            flag = "--dry-run" if options.dry_run else f"--nproc {options.nproc}"
+            raise UserError(f"{flag}: --compare only reads results, in one process; leave it out")
         from dist_train.evaluate.compare import compare
 
         words = dict(word.split("=", 1) for word in options.words if "=" in word)

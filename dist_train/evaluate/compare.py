@@ -119,8 +119,11 @@ def _read(folder: Path, drafter: str) -> Run:
 def _refuse_what_differs(one: Run, other: Run) -> None:
     mine, theirs = _results(one.folder), _results(other.folder)
     differ = f"{one.folder} and {other.folder} cannot be compared:"
-    if any(mine["target"][key] != theirs["target"][key] for key in ("weights", "parameters", "precision")):
-        raise UserError(f"{differ} their targets are {mine['target']['path']} and {theirs['target']['path']}")
+    ours, others = mine["target"], theirs["target"]
+    if any(ours[key] != others[key] for key in ("weights", "parameters", "precision")):
+        named = ("path", "revision", "precision", "parameters", "weights")
+        apart = [f"{key} {ours[key]} and {others[key]}" for key in named if ours[key] != others[key]]
+        raise UserError(f"{differ} their targets differ: {', '.join(apart)}")
     for task in mine["prompts"].keys() | theirs["prompts"].keys():
         if mine["prompts"].get(task) != theirs["prompts"].get(task):
             raise UserError(f"{differ} the prompts of task {task} differ")

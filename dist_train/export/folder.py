@@ -44,14 +44,16 @@ def write_model(source: Path, folder: Path, reference: Reference, dtype: str) ->
 
 
 def refuse_foreign(out: Path) -> None:
-    """Raise UserError when there is something at `out` that `dist-train export` did not write."""
+    """Raise UserError when there is something at `out` that `dist-train export` did not write, or not as it is now."""
     mend = "choose another out, or remove it"
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; {mend}")
     present = {str(path.relative_to(out)) for path in out.rglob("*") if not path.is_dir()} - {MARKER}
-    written = set(read_json(out / MARKER)["files"]) if (out / MARKER).exists() else set()
-    if foreign := sorted(present - written):
+    written = read_json(out / MARKER)["files"] if (out / MARKER).exists() else {}
+    if foreign := sorted(present - written.keys()):
         raise UserError(f"{out}: dist-train export did not write {foreign[0]}, which is in there; {mend}")
+    if changed := next((name for name in sorted(present) if file_xxh64(out / name) != written[name]["xxh64"]), None):
+        raise UserError(f"{out}: {changed} was changed since it was exported; move it away, or choose another out")
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from data_shards.errors import first_line
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
 from dist_train.target import named_tokenizer, read_target_config
-from dist_train.tokenizer import Tokenizer
+from dist_train.tokenizer import Tokenizer, refuse_torn
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -70,6 +71,7 @@ def served_chat_template(source: str, revision: str | None = None) -> str | None
     """The chat template that transformers, and with it a server, finds at `source`."""
     from transformers import AutoTokenizer
 
+    refuse_torn(Path(source))
     try:
         return AutoTokenizer.from_pretrained(source, revision=revision).chat_template
     except Exception as error:  # what tokenizers raises for a torn file is no narrower
@@ -83,9 +85,9 @@ def _generation_ids(section: TargetSection, special: dict[str, Any]) -> dict[str
 
     try:
         found = GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         # transformers says OSError also of a file that is there and is not JSON
         if isinstance(error, OSError) and not isinstance(error.__context__, ValueError):
             return copy.deepcopy(special)
-        raise UserError(f"{section.path}: generation_config.json cannot be read: {error}") from error
+        raise UserError(f"{section.path}: generation_config.json cannot be read: {error}; fetch it again") from error
     return {name: special[name] if getattr(found, name) is None else getattr(found, name) for name in SPECIAL}

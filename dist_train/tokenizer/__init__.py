@@ -7,7 +7,7 @@ export; one that exists only as Hugging Face files by `tokenizers`.
 from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Message, Tokenizer
 from dist_train.tokenizer.check import PROBES, conversion_note, differences, piece_difference
 from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
-from dist_train.tokenizer.load import load_tokenizer
+from dist_train.tokenizer.load import load_tokenizer, refuse_torn
 from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer
 from dist_train.tokenizer.train import train_tokenizer
 
@@ -22,5 +22,6 @@ __all__ = [
     "differences",
     "load_tokenizer",
     "piece_difference",
+    "refuse_torn",
     "train_tokenizer",
 ]

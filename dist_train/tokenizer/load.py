@@ -26,11 +26,18 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
         if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
             raise UserError(f"{source}: no such tokenizer file or folder; check tokenizer")
         path = _download(str(source), revision)
+    refuse_torn(path)
     model = path / "tokenizer.model"
     if model.exists() and not _adds_tokens(path, model):
         adds_bos = _read_json(path / "tokenizer_config.json").get("add_bos_token", True)
         return SentencePieceTokenizer(model, _stored_chat_template(path) or LLAMA2_CHAT_TEMPLATE, adds_bos=adds_bos)
     return HuggingFaceTokenizer(str(path))
+
+
+def refuse_torn(folder: Path) -> None:
+    """Raise UserError naming the file of a Hugging Face folder that is no JSON object; transformers names none."""
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        _read_json(folder / name)
 
 
 def _download(hub_id: str, revision: str | None) -> Path:
@@ -66,4 +73,6 @@ def _read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}; fetch the tokenizer again") from error
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a JSON object but a {type(content).__name__}; fetch the tokenizer again")
+    return content

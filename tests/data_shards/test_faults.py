@@ -90,8 +90,18 @@ def test_a_torn_gzip_file_is_named(refused, tokenizer, tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     complaint = refused(*arguments(tmp_path / "a.jsonl.gz", tokenizer, tmp_path / "out"))
     assert "a.jsonl.gz: damaged near line" in complaint and "fetch it again" in complaint
-    (tmp_path / "b.parquet").write_bytes(b"no parquet")
-    assert "b.parquet: not a Parquet file" in refused(*arguments(tmp_path / "b.parquet", tokenizer, tmp_path / "out2"))
+
+
+def test_a_torn_or_empty_parquet_file_is_named_and_an_empty_line_file_has_no_lines(refused, tokenizer, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.jsonl", GOOD)
+    (folder / "b.jsonl").touch()
+    assert {unit.path for unit in plan_units(find_files(str(folder)))} == {str(folder / "a.jsonl")}
+    for content in (b"no parquet", b""):
+        (folder / "c.parquet").write_bytes(content)
+        complaint = refused(*arguments(folder, tokenizer, tmp_path / "out"))
+        assert "c.parquet: not a Parquet file" in complaint and "; fetch or write it again, or take it" in complaint
 
 
 def test_parquet_is_cut_at_row_groups_and_only_the_text_is_read(tmp_path):

@@ -14,7 +14,7 @@ from dist_train.evaluate.measures import Counts, bootstrap_runs
 PROMPTS = 40
 
 
-def folder(path, shift, *, target="t", prompts=1, gammas=(3,), drafters=("d",)):
+def folder(path, shift, *, target="t", precision="fp32", prompts=1, gammas=(3,), drafters=("d",)):
     """A results folder: `shift` tokens a block more than 2, on prompts that are hard or easy for all."""
     difficulty = np.random.default_rng(0).integers(0, 20, PROMPTS)
     rows, cells = [], []
@@ -26,7 +26,7 @@ def folder(path, shift, *, target="t", prompts=1, gammas=(3,), drafters=("d",)):
             rows.append({**cell, "top_p": 1.0, "max_new_tokens": 8})
             cells.append({**cell, "tokens": tokens.tolist(), "calls": [10] * PROMPTS, "lengths": tokens.tolist()})
     path.mkdir()
-    identity = {"path": target, "weights": target, "parameters": 9, "precision": "fp32", "revision": None}
+    identity = {"path": target, "weights": target, "parameters": 9, "precision": precision, "revision": None}
     results = {"target": identity, "drafters": {name: {} for name in drafters}, "prompts": {"chat": prompts}}
     write_json(path / "results.json", {**results, "rows": rows})
     write_json(path / "counts.json", {"cells": cells})
@@ -98,7 +98,8 @@ def test_drafters_of_one_folder_and_picked_ones(tmp_path, command):
 def test_what_cannot_be_compared_is_refused(tmp_path, refused):
     a = folder(tmp_path / "a", 0.0)
     cases = {
-        "targets": folder(tmp_path / "b", 0.0, target="u"),
+        "targets differ: path t and u, weights t and u": folder(tmp_path / "b", 0.0, target="u"),
+        "targets differ: precision fp32 and bf16": folder(tmp_path / "e", 0.0, precision="bf16"),
         "prompts of task chat": folder(tmp_path / "c", 0.0, prompts=2),
         "gamma 5": folder(tmp_path / "d", 0.0, gammas=(3, 5)),
     }

@@ -154,6 +154,16 @@ def test_one_change_is_found(exported, verdicts, tmp_path, doctor, failed):
     assert len(found) == 12
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_file_that_holds_no_object_is_named(exported, command, tiny, tmp_path, name):
+    folder = tmp_path / "doctored"
+    shutil.copytree(exported, folder)
+    (folder / name).write_text("[1]")
+    _, told, _ = command("export", "--check", tiny.target, f"drafter={folder}")
+    failed = [line for line in told.splitlines() if line.startswith("failed")]
+    assert failed and all(name in line and "export again" in line for line in failed)
+
+
 def test_a_drafter_shorter_than_what_is_served(exported, verdicts, tmp_path):
     folder = tmp_path / "short"
     shutil.copytree(exported, folder)
@@ -167,6 +177,7 @@ def test_what_cannot_be_checked_is_one_line(refused, tiny, tmp_path):
     assert "no run, checkpoint or Hugging Face" in refused("export", "--check", tiny.target, f"drafter={tmp_path}")
     assert "no target model" in refused("export", "--check", "/nowhere", f"drafter={tiny.drafter}")
     shutil.copytree(tiny.target, tmp_path / "target")
-    tear("generation_config.json")(tmp_path / "target")
-    complaint = refused("export", "--check", tmp_path / "target", f"drafter={tiny.drafter}")
-    assert "generation_config.json cannot be read" in complaint
+    for doctor in (tear("generation_config.json"), lambda at: (at / "generation_config.json").write_text("[1]")):
+        doctor(tmp_path / "target")
+        complaint = refused("export", "--check", tmp_path / "target", f"drafter={tiny.drafter}")
+        assert "generation_config.json cannot be read" in complaint and "fetch it again" in complaint

@@ -141,6 +141,12 @@ def test_only_what_export_wrote_is_replaced(tiny, command, refused, tmp_path):
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
     (out / "notes.txt").write_text("mine")
     assert "did not write notes.txt" in refused(*export(tiny, out))
+    (out / "notes.txt").unlink()
+    with (out / "README.md").open("a") as card:
+        card.write("mine")
+    assert "README.md was changed since it was exported; move it away" in refused(*export(tiny, out))
+    (out / "README.md").unlink()
+    assert command(*export(tiny, out))[0] == 0
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "config.json").write_text("{}")
@@ -175,6 +181,9 @@ def test_a_failing_converter_leaves_nothing(tiny, refused, tmp_path):
     converter.write_text("raise SystemExit('this shape is not supported')")
     assert "cannot convert" in (complaint := refused(*given))
     assert "this shape is not supported" in complaint
+    for content in ("", "GGML"):
+        converter.write_text(f"import sys; open(sys.argv[sys.argv.index('--outfile') + 1], 'w').write('{content}')")
+        assert "wrote no GGUF: drafter.gguf begins otherwise" in refused(*given)
     assert not (tmp_path / "out").exists()
 
 

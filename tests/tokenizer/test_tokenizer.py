@@ -164,6 +164,17 @@ def test_what_is_no_tokenizer_is_named(tiny, tmp_path):
         load_tokenizer(tmp_path / "empty")
 
 
+@pytest.mark.parametrize("model", [True, False])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+def test_a_file_that_holds_no_json_object_is_named(tiny, tmp_path, name, model):
+    load_tokenizer(tiny.tokenizer).save(tmp_path)
+    if not model:
+        (tmp_path / "tokenizer.model").unlink()
+    (tmp_path / name).write_text("[1]")
+    with pytest.raises(UserError, match=f"/{name}: not a JSON object but a list; fetch"):
+        load_tokenizer(tmp_path)
+
+
 def test_the_check_compares_flags(tiny, tmp_path, cli):
     load_tokenizer(tiny.tokenizer).save(tmp_path / "b")
     config = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
