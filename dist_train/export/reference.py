@@ -10,7 +10,7 @@ from typing import Any
 from data_shards.errors import first_line
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
-from dist_train.target import named_tokenizer, read_target_config
+from dist_train.target import named_tokenizer, read_generation_config, read_target_config
 from dist_train.tokenizer import Tokenizer, refuse_torn
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -81,13 +81,7 @@ def served_chat_template(source: str, revision: str | None = None) -> str | None
 
 def _generation_ids(section: TargetSection, special: dict[str, Any]) -> dict[str, Any]:
     """generation_config.json may end texts at more ids than config.json; without one config.json's count."""
-    from transformers import GenerationConfig
-
-    try:
-        found = GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
-    except (OSError, ValueError, TypeError) as error:
-        # transformers says OSError also of a file that is there and is not JSON
-        if isinstance(error, OSError) and not isinstance(error.__context__, ValueError):
-            return copy.deepcopy(special)
-        raise UserError(f"{section.path}: generation_config.json cannot be read: {error}; fetch it again") from error
+    found = read_generation_config(section)
+    if found is None:
+        return copy.deepcopy(special)
     return {name: special[name] if getattr(found, name) is None else getattr(found, name) for name in SPECIAL}

@@ -44,14 +44,16 @@ def read_target_config(section: TargetSection) -> PretrainedConfig:
 
 
 def read_generation_config(section: TargetSection) -> Any:
-    """What its answers end at and are bent by, if it has such a file; else None."""
+    """What its answers end at and are bent by, if it has such a file; else None. Raises UserError when it is torn."""
     from transformers import GenerationConfig
 
     try:
-        revision: Any = section.revision
-        return GenerationConfig.from_pretrained(section.path, revision=revision)
-    except OSError:
-        return None
+        return GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
+    except (OSError, ValueError, TypeError) as error:
+        # transformers says OSError also of a file that is there and is not JSON
+        if isinstance(error, OSError) and not isinstance(error.__context__, ValueError):
+            return None
+        raise UserError(f"{section.path}: generation_config.json cannot be read: {error}; fetch it again") from error
 
 
 def target_identity(section: TargetSection) -> dict[str, str | None]:

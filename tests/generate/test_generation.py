@@ -183,6 +183,8 @@ def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
     before = settings.read_text()
     settings.write_text(json.dumps({**json.loads(before), "eos_token_id": [2, 50]}))
     assert "holds work begun with another target;" in here(*again)[2]
+    settings.write_text("[1]")
+    assert "generation_config.json cannot be read" in here(*again)[2]
     settings.write_text(before)
     plan = tmp_path / "out" / "_plan.json"
     plan.write_text(plan.read_text()[:-9])
