@@ -10,89 +10,41 @@ from __future__ import annotations
 
 import http.client
 import json
-import math
-import re
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+from urllib.parse import urlsplit
 
 from data_shards.files import read_json, write_atomically, write_json
 from dist_train.config import ServedConfig, save_config
 from dist_train.errors import UserError
+from dist_train.evaluate.counters import NEEDED, PREFIX, Sample, counted_between, parse_counters
 from dist_train.evaluate.results import RESULTS, make_folder
 from dist_train.evaluate.tables import interval, markdown, shares
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.generate.asks import UNBENT
+from dist_train.generate.http import Client, RefusedError
 from dist_train.target import load_target_tokenizer, named_tokenizer, read_target_config
 from dist_train.tokenizer import Tokenizer
 from dist_train.units import unit_seed
 
 SERVED = "served.json"
 _SECONDS_TO_REST = 60
-_PREFIX = "vllm:spec_decode_num_"
-_SAMPLE = re.compile(rf"{_PREFIX}(\w+?)(_total)?(?:\{{(.*)\}})?\s+([-+.\w]+)(?:\s+\d+)?")
-_POSITION = re.compile(r'position="(\d+)"')
-
-
-class Counters(NamedTuple):
-    """Of all engines together; `by_position`: accepted tokens at the first, second, ... place of a draft."""
-
-    drafts: float
-    drafted: float
-    accepted: float
-    by_position: tuple[float, ...]
-
-    def since(self, before: Counters) -> Counters:
-        """What was counted after `before`. Raises UserError where the server began to count anew."""
-        if self.drafts < before.drafts:
-            raise UserError("the server's counters went back: it was restarted meanwhile; start again")
-        old = before.by_position + (0.0,) * (len(self.by_position) - len(before.by_position))
-        positions = tuple(now - then for now, then in zip(self.by_position, old, strict=True))
-        drafts, drafted = self.drafts - before.drafts, self.drafted - before.drafted
-        return Counters(drafts, drafted, self.accepted - before.accepted, positions)
-
-
-def parse_counters(text: str) -> Counters | None:
-    """The counters in Prometheus' text format, summed over engines; None where there are none.
-
-    Raises ValueError where one of them is no count.
-    """
-    sums: dict[tuple[str, int], dict[bool, float]] = {}
-    for line in text.splitlines():
-        if match := _SAMPLE.fullmatch(line.strip()):
-            name, total, labels, value = match.groups()
-            place = _POSITION.search(labels or "")
-            by_suffix = sums.setdefault((name, int(place[1]) if place else -1), {})
-            by_suffix[bool(total)] = by_suffix.get(bool(total), 0.0) + _count(value)
-    # A server that exports a counter with and without the suffix means one and the same.
-    found = {key: by_suffix.get(True, by_suffix.get(False, 0.0)) for key, by_suffix in sums.items()}
-    if ("drafts", -1) not in found:
-        return None
-    positions = 1 + max((place for name, place in found if name == "accepted_tokens_per_pos"), default=-1)
-    return Counters(
-        found["drafts", -1],
-        found.get(("draft_tokens", -1), 0.0),
-        found.get(("accepted_tokens", -1), 0.0),
-        tuple(found.get(("accepted_tokens_per_pos", k), 0.0) for k in range(positions)),
-    )
-
-
-def _count(value: str) -> float:
-    found = float(value)
-    if not math.isfinite(found):
-        raise ValueError(f"{value} is no count")
-    return found
 
 
 class Server:
     """An OpenAI-compatible server. Every method raises UserError, naming the address, when it does not answer."""
 
     def __init__(self, url: str, timeout: float) -> None:
-        self.url, self._timeout = url.rstrip("/").removesuffix("/v1"), timeout
+        self.url = url.rstrip("/").removesuffix("/v1")
+        try:
+            if urlsplit(self.url).scheme not in ("http", "https"):
+                raise ValueError("no address such as http://node7:8000")
+            self._client = Client(self.url, None, timeout, patience=0)
+        except ValueError as error:
+            raise UserError(f"{self.url}: does not answer: {error}; check --server") from error
 
     def model(self) -> str:
         """The first model that it lists."""
@@ -101,7 +53,7 @@ class Server:
         except (LookupError, TypeError) as error:
             raise UserError(f"{self.url}/v1/models: no model is listed; name the target's, model=NAME") from error
 
-    def counters(self) -> Counters:
+    def counters(self) -> dict[Sample, float]:
         """Its counters, once they stand still: the last are written after the answer is sent."""
         before, began = self._counters(), time.monotonic()
         while time.monotonic() - began < _SECONDS_TO_REST:
@@ -115,44 +67,54 @@ class Server:
             "measure on a server that answers nobody else"
         )
 
-    def complete(self, request: Mapping[str, Any]) -> int:
-        """Tokens of the answer to one request."""
+    def complete(self, request: dict[str, Any]) -> int:
+        """Tokens of the answer to one request. What is wrong with one ends all that are under way, and is told by all.
+
+        No request is sent twice: the server would count both.
+        """
         try:
-            return int(self._answer("/v1/completions", request)["usage"]["completion_tokens"])
-        except (LookupError, TypeError, ValueError) as error:
+            return self._complete(request)
+        except UserError as error:
+            raise UserError(self._client.give_up(str(error))) from error
+
+    def _complete(self, request: dict[str, Any]) -> int:
+        try:
+            tokens = self._answer("/v1/completions", request)["usage"]["completion_tokens"]
+            if type(tokens) is not int:
+                raise TypeError("completion_tokens is no integer")
+            return tokens
+        except (LookupError, TypeError) as error:
             raise UserError(
                 f"{self.url}/v1/completions: an answer without usage.completion_tokens; is it vLLM's own?"
             ) from error
 
-    def _counters(self) -> Counters:
+    def _counters(self) -> dict[Sample, float]:
         try:
             found = parse_counters(self._ask("/metrics"))
         except ValueError as error:
-            raise UserError(f"{self.url}/metrics: a counter {_PREFIX}* cannot be read: {error}") from error
-        if found is None:
+            raise UserError(f"{self.url}/metrics: a counter {PREFIX}* cannot be read: {error}") from error
+        if missing := [counter for counter in NEEDED if counter not in {sample.counter for sample in found}]:
             raise UserError(
-                f"{self.url}/metrics: no counters {_PREFIX}*; it serves without speculative decoding, or is no vLLM"
+                f"{self.url}/metrics: no counter {PREFIX}{missing[0]}; it serves without speculative decoding, or is "
+                "no vLLM"
             )
         return found
 
-    def _answer(self, path: str, content: Mapping[str, Any] | None = None) -> Any:
+    def _answer(self, path: str, content: dict[str, Any] | None = None) -> Any:
         said = self._ask(path, content)
         try:
             return json.loads(said)
         except ValueError as error:
             raise UserError(f"{self.url}{path}: answers no JSON: {said[:80]!r}; check --server") from error
 
-    def _ask(self, path: str, content: Mapping[str, Any] | None = None) -> str:
-        data = None if content is None else json.dumps(content).encode()
+    def _ask(self, path: str, content: dict[str, Any] | None = None) -> str:
         try:
-            request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-            with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                return str(answer.read().decode())
-        except urllib.error.HTTPError as error:
-            said = " ".join(error.read().decode(errors="replace").split())[:200]
-            raise UserError(f"{self.url}{path}: answers {error.code}: {said or error.reason}") from error
+            return self._client.ask_once("GET" if content is None else "POST", path, content).decode()
+        except RefusedError as error:
+            mend = "; check --server" if error.status == 404 else ""
+            raise UserError(f"{self.url}{path}: answers {error}{mend}") from error
         except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:  # OverflowError: of a port
-            reason = getattr(error, "reason", error)
+            reason = str(error) or type(error).__name__
             raise UserError(f"{self.url}{path}: does not answer: {reason}; check --server") from error
 
 
@@ -214,10 +176,13 @@ def _measure(
         for i, ids in enumerate(prompts.ids)
     ]
     before, began = server.counters(), time.monotonic()
-    with ThreadPoolExecutor(config.concurrency) as pool:
+    pool = ThreadPoolExecutor(config.concurrency)
+    try:
         tokens = sum(pool.map(server.complete, requests))
+    finally:
+        pool.shutdown(wait=False)  # Ctrl-C does not wait for answers
     seconds = time.monotonic() - began
-    counted = server.counters().since(before)
+    counted = counted_between(before, server.counters())
     if not counted.drafts:
         raise UserError(f"{server.url}: answered task {name} without drafting once; is its speculative decoding on?")
     return {
@@ -242,19 +207,37 @@ def _refuse_other_prompts(tasks: Mapping[str, Prompts], beside: Mapping[str, Any
 
 
 def _as_markdown(rows: Sequence[Mapping[str, Any]], beside: Mapping[str, Any] | None) -> str:
-    """The served figures and, below each, the offline ones of the same task, temperature, length and gamma."""
+    """The served figures and, below each, the offline ones of the same task, temperature, length and gamma.
+
+    Below the table, what has none.
+    """
     header = ["task", "gamma", "T", "measured", "drafting", "block efficiency", "accepted at position 1, 2, ..."]
-    lines = []
+    lines, alone = [], []
     for row in rows:
         # vLLM counts by position up to its setting; the mean falls short of it where drafts are cut at max_model_len.
-        gamma = len(row["accepted_shares"]) or round(row["gamma"])
-        at = [row["task"], str(gamma), f"{row['temperature']:g}"]
+        row = {**row, "gamma": len(row["accepted_shares"]) or round(row["gamma"])}
+        at = [row["task"], str(row["gamma"]), f"{row['temperature']:g}"]
         lines.append([*at, "served", "", f"{row['block_efficiency']:.2f}", shares(row["accepted_shares"])])
-        same = ("task", "temperature", "top_p", "max_new_tokens")
-        for other in beside["rows"] if beside else ():
-            if other["gamma"] == gamma and all(other[key] == row[key] for key in same):
-                efficiency = other["block_efficiency"]
-                figure = f"{efficiency['value']:.2f} {interval(efficiency)}"
-                who = f"offline, {other['drafter']}"
-                lines.append([*at, who, other["drafting"], figure, shares(other["accepted_shares"])])
-    return markdown(header, lines)
+        same = ["gamma", "temperature", "max_new_tokens"]
+        if row["temperature"] > 0:  # top-p says nothing of greedy answers
+            same.append("top_p")
+        of_task = [other for other in beside["rows"] if other["task"] == row["task"]] if beside else []
+        found = [other for other in of_task if all(other[key] == row[key] for key in same)]
+        for other in found:
+            efficiency = other["block_efficiency"]
+            figure = f"{efficiency['value']:.2f} {interval(efficiency)}"
+            who = f"offline, {other['drafter']}"
+            lines.append([*at, who, other["drafting"], figure, shares(other["accepted_shares"])])
+        if of_task and not found:
+            alone.append(
+                f"- {row['task']}: no offline figures with {_listed([row], same)}; there are some with "
+                f"{_listed(of_task, same)}\n"
+            )
+    return markdown(header, lines) + "".join(["\n", *alone] if alone else [])
+
+
+def _listed(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> str:
+    """Each key with all its values, as in "gamma 3, 5, temperature 0"."""
+    return ", ".join(
+        f"{key} {' and '.join(f'{value:g}' for value in sorted({row[key] for row in rows}))}" for key in keys
+    )

@@ -76,8 +76,25 @@ class Client:
                 self._given_up.wait(delay)
         raise UserError(self._why)
 
-    def give_up(self, why: str) -> None:
-        """Let nobody ask any more, nor wait for an answer: every thread that does is told the first reason."""
+    def ask_once(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """What the server answers, asked over a new connection and never again, whatever becomes of the request.
+
+        Raises RefusedError for a status other than 200; OSError, HTTPException, ValueError or OverflowError where no
+        answer comes, as after `give_up`.
+        """
+        try:
+            status, words, _ = self._once(method, path, body)
+        finally:
+            self._hang_up()
+        if status != 200:
+            raise RefusedError(status, _said(words))
+        return words
+
+    def give_up(self, why: str) -> str:
+        """Let nobody ask any more, nor wait for an answer: every thread that does is told the first reason.
+
+        Returns that reason.
+        """
         with self._lock:
             self._why = self._why or why
             self._given_up.set()
@@ -85,6 +102,7 @@ class Client:
                 with suppress(OSError):  # the server was quicker
                     # Not SSLSocket's own: its first step is to forget the encryption, which the other thread yet uses.
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            return self._why
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
         """Status, body and the delay that the server asks for, in seconds."""
