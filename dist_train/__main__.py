@@ -1,12 +1,20 @@
-"""`python -m dist_train`: the command line."""
+"""`dist-train`, and `python -m dist_train`: the command line."""
+
+from __future__ import annotations
 
 import os
 import sys
 
-try:
-    from dist_train.cli import main
 
-    code = main()
-except KeyboardInterrupt:  # before main can tell of it, as when the ranks of --nproc start
-    os._exit(130)
-sys.exit(code)
+def run() -> int:
+    """Its exit code. Ctrl-C while it is being imported ends it in silence, as when the ranks of --nproc start."""
+    try:
+        from dist_train.cli import main
+
+        return main()
+    except KeyboardInterrupt:
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

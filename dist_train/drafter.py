@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from data_shards.errors import first_line
-from dist_train.config import TargetSection
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.run_folder import CHECKPOINTS, CONFIG, LATEST, MANIFEST, MODEL, committed, run_of, verify
-from dist_train.target import from_pretrained_whole, named_tokenizer
-from dist_train.tokenizer import Tokenizer, piece_difference
+from dist_train.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
+from dist_train.target import from_pretrained_whole
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel
@@ -106,44 +103,6 @@ def read_drafter_config(path: Path) -> Any:
         return AutoConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder}: no drafter: {first_line(error)}") from error
-
-
-def check_drafter(path: Path, name: str, vocab_size: int | None, tokenizer: Tokenizer | None) -> Any:
-    """The configuration of the drafter at `path`, which a message calls `name`, if it can draft for such a target.
-
-    None: not known yet. Raises UserError where its vocabulary has another size, or its ids stand for other pieces.
-    """
-    config = read_drafter_config(path)
-    if vocab_size is not None and config.vocab_size != vocab_size:
-        raise UserError(f"{name}: {path}: a vocabulary of {config.vocab_size}, not the {vocab_size} of this run")
-    if tokenizer is not None:
-        refuse_other_pieces(path, name, tokenizer)
-    return config
-
-
-def refuse_other_pieces(path: Path, name: str, tokenizer: Tokenizer) -> None:
-    """Raise UserError where a drafter's ids stand for other pieces, as far as it, or the run it is of, tells."""
-    own = _own_tokenizer(find_model(path))
-    if own is not None and (why := piece_difference(own, tokenizer)):
-        raise UserError(
-            f"{name}: {path} was trained with {own.source}, not with {tokenizer.source}: {why}; "
-            "name a drafter of this tokenizer"
-        )
-
-
-def _own_tokenizer(model: Path) -> Tokenizer | None:
-    """The one in a drafter's folder, or that of its run; None where neither is there, or no longer."""
-    run = run_of(model)
-    if run is None:
-        section, source = None, str(model)
-    else:
-        config = yaml.safe_load((run / CONFIG).read_text())
-        section = TargetSection.model_validate(config["target"]) if config.get("target") else None
-        source = config.get("tokenizer")
-    try:
-        return named_tokenizer(section, source)
-    except UserError:
-        return None
 
 
 def damaged_weights(folder: Path) -> list[str]:

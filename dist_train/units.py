@@ -244,7 +244,9 @@ def _refuse_other(path: Path, facts: dict[str, Any]) -> None:
     try:
         found = read_json(path) if path.exists() else facts
     except DataError as error:
-        raise UserError(f"{path}: torn, so that nothing tells what is in {path.parent}; remove that folder") from error
+        raise UserError(
+            f"{error}; nothing else tells what {path.parent} holds: restore it, or write elsewhere"
+        ) from error
     changed = sorted(key for key in facts.keys() | found.keys() if facts.get(key) != found.get(key))
     if changed:
         done = "" if any(path.parent.glob("unit-*")) else ", of which no unit is done"

@@ -11,11 +11,12 @@ from typing import Any
 from data_shards.errors import DataError
 from data_shards.files import read_json, write_json
 from dist_train.config import EvaluateConfig, save_config
-from dist_train.drafter import check_drafter, find_model, load_drafter, read_drafter_config
+from dist_train.drafter import find_model, load_drafter, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
+from dist_train.pairing import check_drafter
 from dist_train.progress import Progress
 from dist_train.runtime import Runtime, started
 from dist_train.target import (

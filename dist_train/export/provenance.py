@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from data_shards.files import read_json
+from dist_train.config.read import read_yaml
 from dist_train.drafter import find_model
 from dist_train.errors import UserError
 from dist_train.run_folder import CONFIG, MANIFEST, run_of
@@ -28,7 +27,7 @@ def training_provenance(drafter: Path) -> list[dict[str, Any]]:
         run = run_of(model)
         if run is None:
             break
-        config = yaml.safe_load((run / CONFIG).read_text())
+        config = read_yaml(run / CONFIG)
         found.insert(0, _entry(config, read_json(model.parent / MANIFEST)))
         before = config["drafter"].get("init_from")
         at = Path(before) if before else None

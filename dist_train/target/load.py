@@ -50,8 +50,9 @@ def read_generation_config(section: TargetSection) -> Any:
     try:
         return GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
     except (OSError, ValueError, TypeError) as error:
-        # transformers says OSError also of a file that is there and is not JSON
-        if isinstance(error, OSError) and not isinstance(error.__context__, ValueError):
+        # transformers says OSError of what is not there, and of what cannot be read.
+        is_torn = not isinstance(error, OSError) or isinstance(error.__context__, ValueError)
+        if not is_torn and not (Path(section.path) / "generation_config.json").exists():
             return None
         raise UserError(f"{section.path}: generation_config.json cannot be read: {error}; fetch it again") from error
 
@@ -69,7 +70,8 @@ def target_identity(section: TargetSection) -> dict[str, str | None]:
 
 def config_digest(config: Any) -> str:
     """Of a Hugging Face configuration, whatever version of transformers reads it."""
-    content = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
+    # Without defaults: a newer version may have more of them.
+    content = {name: value for name, value in config.to_diff_dict().items() if name != "transformers_version"}
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -7,7 +7,6 @@ would be multiplied with, and the head itself.
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,13 @@ from torch import Tensor
 
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.target.load import large_blocks_returned, load_causal_lm, load_tensor_parallel, load_zero3
+from dist_train.target.load import (
+    config_digest,
+    large_blocks_returned,
+    load_causal_lm,
+    load_tensor_parallel,
+    load_zero3,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -57,9 +62,7 @@ class Target:
         self.identity = {
             "path": section.path,
             "revision": section.revision,
-            "config": hashlib.sha256(
-                json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
-            ).hexdigest(),
+            "config": config_digest(model.config),
             "head": _digest(self.head.weight),
             "probe": expected[0, -1, :: -(-self.config.vocab_size // _PROBED)].tolist(),
         }

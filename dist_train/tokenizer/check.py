@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from dist_train.tokenizer.base import Tokenizer
@@ -35,9 +35,10 @@ def differences(a: Tokenizer, b: Tokenizer, texts: Sequence[str]) -> list[str]:
     return found
 
 
-def piece_difference(a: Tokenizer, b: Tokenizer) -> str | None:
-    """The ids that both have and that stand for different pieces, in one line."""
-    changed = [i for i in range(min(a.vocab_size, b.vocab_size)) if a.piece(i) != b.piece(i)]
+def piece_difference(a: Tokenizer, b: Tokenizer, but: Collection[int] = ()) -> str | None:
+    """The ids that both have, `but` some, and that stand for different pieces, in one line."""
+    both = range(min(a.vocab_size, b.vocab_size))
+    changed = [i for i in both if a.piece(i) != b.piece(i) and i not in but]
     if not changed:
         return None
     i = changed[0]

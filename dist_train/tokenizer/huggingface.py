@@ -23,13 +23,15 @@ class HuggingFaceTokenizer(Tokenizer):
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # what tokenizers raises for a torn file is no narrower
             reason = first_line(error).rstrip(": ")
             raise UserError(f"{source}: no tokenizer can be loaded from it: {reason}; {_MEND}") from error
         # Of a folder that has none of its files transformers makes up an empty tokenizer of the model's family.
         names = {*self._tokenizer.vocab_files_names.values(), "tokenizer.json"}
         if not any((Path(source) / name).exists() for name in names):
             raise UserError(f"{source}: no tokenizer in it: none of {', '.join(sorted(names))}; {_MEND}")
+        if not hasattr(self._tokenizer, "backend_tokenizer"):
+            raise UserError(f"{source}: its tokenizer runs in Python alone; {_MEND}")
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"{source}: its tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
         self.source = source

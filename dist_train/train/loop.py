@@ -30,7 +30,7 @@ _PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 @dataclass
 class Training:
-    """Everything the loop uses; `step` counts finished optimizer steps."""
+    """Everything the loop uses; `step` counts finished optimizer steps. `tokenizer`: checksum of that of the data."""
 
     config: TrainConfig
     runtime: Runtime
@@ -39,6 +39,7 @@ class Training:
     control: StepControl
     loader: TokenLoader
     objective: Objective
+    tokenizer: str
     on_policy: OnPolicy | None
     held_out: HeldOut | None
     guard: LossGuard
@@ -175,6 +176,7 @@ class Training:
             "objective": self.objective.state_dict(),
             "guard": self.guard.state_dict(),
             "target": self.objective.target.identity if self.objective.target else None,
+            "tokenizer": self.tokenizer,
             "drafter": self.engine.module.shape(),
             "probe_loss": self.probe(),
         }

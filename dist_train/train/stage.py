@@ -13,7 +13,6 @@ from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.drafter import (
     TrainableDrafter,
-    check_drafter,
     drafter_config,
     load_drafter,
     new_drafter,
@@ -21,6 +20,7 @@ from dist_train.drafter import (
 )
 from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
+from dist_train.pairing import check_drafter
 from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
 from dist_train.target import Target, load_target_tokenizer, named_tokenizer, read_target_config
@@ -180,6 +180,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
         control=StepControl(engine, config.train.ema_decay),
         loader=_loader(config, runtime.rank, runtime.world_size),
         objective=objective,
+        tokenizer=tokenizer.sha256,
         on_policy=OnPolicy(config.on_policy, config.run.seed) if config.on_policy.share else None,
         held_out=HeldOut(config, runtime, objective) if config.held_out else None,
         guard=LossGuard(config.train.max_skipped, skip_spikes=config.train.skip_spikes),

@@ -257,10 +257,10 @@ def test_a_server_that_says_something_else_is_refused(tiny, refused, tmp_path, m
 def test_nobody_waits_for_answers_when_one_is_refused(tiny, refused, tmp_path):
     with serving(status=400, hangs_but=5) as (url, requests, _):
         began = time.monotonic()
-        complaint = refused(*words(tiny, tmp_path / "out"), "--server", url)
+        complaint = refused(*words(tiny, tmp_path / "out", "concurrency=5"), "--server", url)
         assert f"{url}/v1/completions: answers 400: no room" in complaint
         assert time.monotonic() - began < 60
-        assert len(requests) <= 10
+        assert len(requests) == 5  # the other prompts are not sent any more
 
 
 def test_nobody_waits_for_answers_after_ctrl_c(tiny, tmp_path):
@@ -270,11 +270,15 @@ def test_nobody_waits_for_answers_after_ctrl_c(tiny, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        while len(requests) < 10:
-            assert process.poll() is None
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        complaint = process.communicate(timeout=20)[1]
+        try:
+            deadline = time.monotonic() + 120
+            while len(requests) < 10:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+            process.send_signal(signal.SIGINT)
+            complaint = process.communicate(timeout=20)[1]
+        finally:
+            process.kill()
     assert (process.returncode, complaint) == (130, "dist-train evaluate: stopped\n")
 
 

@@ -188,7 +188,7 @@ def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
     settings.write_text(before)
     plan = tmp_path / "out" / "_plan.json"
     plan.write_text(plan.read_text()[:-9])
-    assert f"{plan}: torn, so that nothing tells what is in {tmp_path / 'out'}; remove" in here(*again)[2]
+    assert f"; nothing else tells what {tmp_path / 'out'} holds: restore it, or write elsewhere" in here(*again)[2]
 
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = torch.nan  # one that answers nothing
     save_file(weights, tmp_path / "target" / "model.safetensors", {"format": "pt"})

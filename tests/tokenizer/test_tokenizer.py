@@ -230,3 +230,6 @@ def test_a_folder_without_a_tokenizer_is_no_tokenizer(tmp_path):
         config.save_pretrained(tmp_path)
         with pytest.raises(UserError, match=why):
             load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"no tokenizer can be loaded from it: .*; put tokenizer"):
+        load_tokenizer(tmp_path)

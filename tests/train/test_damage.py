@@ -76,15 +76,27 @@ def test_a_target_of_other_weights_and_a_drafter_of_other_heads_are_named(tiny, 
     assert (run / "config.yaml").read_text() == config
 
 
-def test_a_run_with_another_tokenizer_begins_no_other_and_drafts_for_no_other(
-    tiny, refused, run, other_tokenizer, tmp_path
+def test_a_drafter_of_another_tokenizer_begins_no_run_and_drafts_for_no_target(
+    tiny, command, refused, other_tokenizer, tmp_path, monkeypatch
 ):
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    (run / "config.yaml").write_text(yaml.safe_dump({**config, "tokenizer": str(other_tokenizer), "target": None}))
+    corpus, run, other = tmp_path / "corpus", tmp_path / "run", f"tokenizer={other_tokenizer}"
+    assert command("prepare", f"inputs={tiny.root / 'text.jsonl'}", other, f"out={corpus}")[0] == 0
+    data = [f"data.sources=[{{path: {corpus}}}]", "data.sequence_length=32", "objective={ce: 1.0}"]
+    run_by(1, "pretrain", *arguments(tiny, run, other, *data, steps=1))
     warm = distillation(tiny, tmp_path / "next", f"drafter.init_from={run}")
     exported = ["export", f"drafter={run}", f"target.path={tiny.target}", f"out={tmp_path / 'out'}"]
-    for command, name in ((warm, "drafter.init_from"), (exported, "drafter")):
-        assert f"{name}: {run} was trained with {other_tokenizer}" in refused(*command)
+    evaluated = ["evaluate", f"drafters={{a: {run}}}", f"target.path={tiny.target}", f"out={tmp_path / 'out'}"]
+    evaluated += [f"tasks=[{{name: chat, inputs: {tiny.chat_lines}}}]"]
+    for words, name in ((warm, "drafter.init_from"), (exported, "drafter"), (evaluated, "drafter a")):
+        assert f"{name}: {run}: its tokenizer, {other_tokenizer}" in refused(*words)
+
+    # Of a path that leads to another tokenizer today, nothing can be said.
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "tokenizer": "tokenizer.model"}))
+    monkeypatch.chdir(tiny.tokenizer)
+    assert command(*exported)[0] == 0
+    monkeypatch.chdir(other_tokenizer)
+    assert f"drafter: {run}: its tokenizer, " in refused(*exported)
 
 
 def test_damaged_weights_begin_no_other_run(tiny, run, tmp_path):

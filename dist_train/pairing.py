@@ -1,0 +1,65 @@
+"""Whether a drafter can draft for a target: the same ids, and each stands for the same piece."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from data_shards.files import read_json
+from dist_train.config import TargetSection
+from dist_train.config.read import read_yaml
+from dist_train.drafter import find_model, read_drafter_config
+from dist_train.errors import UserError
+from dist_train.run_folder import CONFIG, MANIFEST, run_of
+from dist_train.target import named_tokenizer
+from dist_train.tokenizer import Tokenizer, load_tokenizer, piece_difference
+
+
+def check_drafter(path: Path, name: str, vocab_size: int | None, tokenizer: Tokenizer | None) -> Any:
+    """The configuration of the drafter at `path`, which a message calls `name`, if it can draft for such a target.
+
+    None: not known yet. Raises UserError where its vocabulary has another size, or its ids stand for other pieces.
+    """
+    config = read_drafter_config(path)
+    if vocab_size is not None and config.vocab_size != vocab_size:
+        raise UserError(f"{name}: {path}: a vocabulary of {config.vocab_size}, not the {vocab_size} of this run")
+    if tokenizer is not None:
+        refuse_other_pieces(path, name, tokenizer)
+    return config
+
+
+def refuse_other_pieces(path: Path, name: str, tokenizer: Tokenizer) -> None:
+    """Raise UserError where a drafter's ids stand for other pieces, as far as its run or its folder tells.
+
+    Special tokens may differ: versions of one family rename those that they reserve.
+    """
+    model = find_model(path)
+    try:
+        own = load_tokenizer(model) if run_of(model) is None else _tokenizer_of_run(model, tokenizer)
+    except UserError:  # none there, or no longer
+        return
+    either = {*own.special_ids.values()} & {*tokenizer.special_ids.values()}
+    if why := piece_difference(own, tokenizer, but=either):
+        raise UserError(
+            f"{name}: {path}: its tokenizer, {own.source}, is not {tokenizer.source}: {why}; "
+            "name a drafter of this tokenizer"
+        )
+
+
+def _tokenizer_of_run(model: Path, tokenizer: Tokenizer) -> Tokenizer:
+    """What the run was given, if it is still where its configuration says. Raises UserError where it is not.
+
+    By its checksum: a path may lead elsewhere today.
+    """
+    run = run_of(model)
+    assert run is not None
+    checksum = read_json(model.parent / MANIFEST)["state"].get("tokenizer")
+    if checksum == tokenizer.sha256:
+        return tokenizer
+    config = read_yaml(run / CONFIG)
+    target = config.get("target")
+    section = TargetSection(path=target["path"], revision=target.get("revision")) if target else None
+    own = named_tokenizer(section, config.get("tokenizer"))
+    if own.sha256 != checksum:
+        raise UserError(f"{own.source} is not the tokenizer of {run}")
+    return own
