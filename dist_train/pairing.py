@@ -11,6 +11,7 @@ from dist_train.config.read import read_yaml
 from dist_train.drafter import find_model, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.run_folder import CONFIG, MANIFEST, run_of
+from dist_train.runtime import tell_once
 from dist_train.target import named_tokenizer
 from dist_train.tokenizer import Tokenizer, load_tokenizer, piece_difference
 
@@ -34,9 +35,12 @@ def refuse_other_pieces(path: Path, name: str, tokenizer: Tokenizer) -> None:
     Special tokens may differ: versions of one family rename those that they reserve.
     """
     model = find_model(path)
+    run = run_of(model)
     try:
-        own = load_tokenizer(model) if run_of(model) is None else _tokenizer_of_run(model, tokenizer)
-    except UserError:  # none there, or no longer
+        own = load_tokenizer(model) if run is None else _tokenizer_of_run(run, model, tokenizer)
+    except UserError as error:
+        if run is not None:  # it had one, and not this
+            tell_once(f"{name}: {path}: not compared with {tokenizer.source}: {error}")
         return
     either = {*own.special_ids.values()} & {*tokenizer.special_ids.values()}
     if why := piece_difference(own, tokenizer, but=either):
@@ -46,20 +50,22 @@ def refuse_other_pieces(path: Path, name: str, tokenizer: Tokenizer) -> None:
         )
 
 
-def _tokenizer_of_run(model: Path, tokenizer: Tokenizer) -> Tokenizer:
+def _tokenizer_of_run(run: Path, model: Path, tokenizer: Tokenizer) -> Tokenizer:
     """What the run was given, if it is still where its configuration says. Raises UserError where it is not.
 
     By its checksum: a path may lead elsewhere today.
     """
-    run = run_of(model)
-    assert run is not None
     checksum = read_json(model.parent / MANIFEST)["state"].get("tokenizer")
     if checksum == tokenizer.sha256:
         return tokenizer
     config = read_yaml(run / CONFIG)
-    target = config.get("target")
-    section = TargetSection(path=target["path"], revision=target.get("revision")) if target else None
-    own = named_tokenizer(section, config.get("tokenizer"))
+    try:
+        target = config.get("target")
+        section = TargetSection(path=target["path"], revision=target.get("revision")) if target else None
+        source = str(config["tokenizer"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{run / CONFIG}: torn or changed; restore it") from error
+    own = named_tokenizer(section, source)
     if own.sha256 != checksum:
-        raise UserError(f"{own.source} is not the tokenizer of {run}")
+        raise UserError(f"{own.source} is not what {run} was trained with")
     return own

@@ -12,10 +12,12 @@ import random
 import re
 import socket
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import DataError
@@ -75,6 +77,13 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
 def is_spokesman(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether what every process would say is this one's to say: it is alone, or rank 0 of any launcher."""
     return all(environment.get(name, "0") == "0" for name in ("RANK", "PMI_RANK", "SLURM_PROCID"))
+
+
+@cache
+def tell_once(line: str) -> None:
+    """Say what every process finds, on the error stream; with --nproc its parent may have said it, too."""
+    if is_spokesman():
+        print(line, file=sys.stderr, flush=True)
 
 
 def _first_slurm_host(environment: Mapping[str, str]) -> str:

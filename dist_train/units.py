@@ -247,12 +247,25 @@ def _refuse_other(path: Path, facts: dict[str, Any]) -> None:
         raise UserError(
             f"{error}; nothing else tells what {path.parent} holds: restore it, or write elsewhere"
         ) from error
-    changed = sorted(key for key in facts.keys() | found.keys() if facts.get(key) != found.get(key))
-    if changed:
+    if changed := _changed(facts, found):
         done = "" if any(path.parent.glob("unit-*")) else ", of which no unit is done"
         raise UserError(
-            f"{path.parent}: holds work begun with another {', '.join(changed)}{done}; remove it or write elsewhere"
+            f"{path.parent}: holds work that was begun otherwise: {', '.join(changed)}{done}; start it as it was, "
+            "remove it, or write elsewhere"
         )
+
+
+def _changed(facts: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """The keys whose values differ, with what differs within them."""
+    names = []
+    for key in sorted(facts.keys() | found.keys()):
+        mine, theirs = facts.get(key), found.get(key)
+        if isinstance(mine, dict) and isinstance(theirs, dict):
+            within = _changed(mine, theirs)
+            names += [f"{key} ({', '.join(within)})"] if within else []
+        elif mine != theirs:
+            names.append(key)
+    return names
 
 
 def _adopt(path: Path, facts: dict[str, Any]) -> None:

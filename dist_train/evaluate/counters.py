@@ -56,7 +56,8 @@ def counted_between(before: Mapping[Sample, float], after: Mapping[Sample, float
     drafts, drafted, accepted = (sums[counter, ""] for counter in NEEDED)
     places = sorted((int(place), count) for (_, place), count in sums.items() if place.isdecimal())
     by_position = tuple(count for _, count in places)
-    if not max(by_position, default=0.0) <= drafts <= drafted >= accepted:
+    adds_up = not by_position or sum(by_position) == accepted
+    if not (adds_up and max(by_position, default=0.0) <= drafts <= drafted >= accepted):
         raise UserError(
             f"what the server counts does not hold together: {accepted:.0f} tokens accepted of {drafted:.0f} in "
             f"{drafts:.0f} drafts; is it vLLM's own?"

@@ -191,7 +191,10 @@ def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> dict[str, Any
     drafters = {name: (find_model(path), read_drafter_config(path)) for name, path in config.drafters.items()}
     return {
         "target": {**config.target.model_dump(mode="json"), **target_identity(config.target)},
-        **{f"drafter {name}": [str(folder), config_digest(shape)] for name, (folder, shape) in drafters.items()},
+        **{
+            f"drafter {name}": {"path": str(folder.resolve()), "config": config_digest(shape)}
+            for name, (folder, shape) in drafters.items()
+        },
         **{f"task {name}": [prompts.identity, *map(str, prompts.sampling)] for name, prompts in tasks.items()},
         **config.model_dump(mode="json", include={"gammas", "drafting", "batch_size", "seed"}),
     }

@@ -15,7 +15,8 @@ from dist_train.run_folder import CONFIG, MANIFEST, run_of
 def training_provenance(drafter: Path) -> list[dict[str, Any]]:
     """One entry for each run that made the drafter, the first one first; empty where it came from no run of ours.
 
-    A run that was warm-started names the run before it. Raises DataError on a torn manifest.
+    A run that was warm-started names the run before it. Raises UserError on a torn configuration, DataError on a
+    torn manifest.
     """
     found: list[dict[str, Any]] = []
     at: Path | None = drafter
@@ -28,8 +29,12 @@ def training_provenance(drafter: Path) -> list[dict[str, Any]]:
         if run is None:
             break
         config = read_yaml(run / CONFIG)
-        found.insert(0, _entry(config, read_json(model.parent / MANIFEST)))
-        before = config["drafter"].get("init_from")
+        manifest = read_json(model.parent / MANIFEST)
+        try:
+            found.insert(0, _entry(config, manifest))
+            before = config["drafter"].get("init_from")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{run / CONFIG}: torn or changed; restore it") from error
         at = Path(before) if before else None
     return found
 

@@ -62,6 +62,7 @@ def _check_export(config: ExportConfig, reference: Reference) -> None:
     source = find_model(config.drafter)
     if damaged := damaged_weights(source):
         raise UserError(f"{source.parent}: is damaged: {'; '.join(damaged)}; restore it or name another checkpoint")
+    training_provenance(config.drafter)
     refuse_other_pieces(config.drafter, "drafter", reference.tokenizer)
     _raise_failed(source, source_gate(source, reference, config.serving_length))
     if config.llama_cpp is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -76,6 +77,7 @@ class ContinuousBatches(_LocalEngine):
             pages = [-(-(len(ask.ids) + sampling.max_new_tokens) // seeded.page_size) for ask in asks]
             seeded.num_blocks = sum(pages) + 1
         answers: dict[str, list[int]] = {}
+        logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)  # it tells a traceback; we, the reason
         try:
             manager = self._model.init_continuous_batching(sampled, seeded)
             order = manager.add_requests([ask.ids for ask in asks], max_new_tokens=sampling.max_new_tokens)

@@ -59,9 +59,9 @@ def read_generation_config(section: TargetSection) -> Any:
 
 def target_identity(section: TargetSection) -> dict[str, str | None]:
     """What tells a target from another at the same path, without its weights."""
-    generation = read_generation_config(section)
+    generation, folder = read_generation_config(section), Path(section.path)
     return {
-        "path": section.path,
+        "path": str(folder.resolve()) if folder.is_dir() else section.path,  # however it is spelled
         "revision": section.revision,
         "config": config_digest(read_target_config(section)),
         "generation": generation and config_digest(generation),

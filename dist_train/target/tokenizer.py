@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
-from dist_train.runtime import is_spokesman
+from dist_train.runtime import tell_once
 from dist_train.target.load import check_vocabulary, read_target_config
 from dist_train.tokenizer import PROBES, Tokenizer, differences, load_tokenizer, piece_difference
 
@@ -36,7 +34,7 @@ def load_target_tokenizer(section: TargetSection | None, source: str | None, *, 
     if source in (None, section.path):
         return tokenizer
     if why := compare_with_target(tokenizer, str(source), section, strict=strict):
-        _tell_once(f"{source}: {why}")
+        tell_once(f"{source}: {why}")
     return tokenizer
 
 
@@ -50,12 +48,6 @@ def compare_with_target(tokenizer: Tokenizer, source: str, section: TargetSectio
     if why := "; ".join(filter(None, found)):
         raise UserError(f"{source} is not the tokenizer of {section.path}: {why}; set tokenizer={section.path}")
     return None
-
-
-@cache
-def _tell_once(line: str) -> None:
-    if is_spokesman():
-        print(line, file=sys.stderr, flush=True)
 
 
 def end_ids(tokenizer: Tokenizer, generation: Any) -> list[int]:

@@ -109,24 +109,24 @@ def test_an_evaluation_goes_on_with_missing_units(tiny, command, refused, tmp_pa
     units[2].unlink()
     assert command(*words(1))[0] == 0 and figures() == before
     for more in ([], ["--dry-run"]):  # which submit makes too
-        assert "holds work begun with another seed" in refused(*words(1, "seed=1"), *more)
+        assert "holds work that was begun otherwise: seed; " in refused(*words(1, "seed=1"), *more)
     shutil.copytree(tiny.target, drafter, dirs_exist_ok=True)
-    assert "begun with another drafter base;" in refused(*words(1))
+    assert "begun otherwise: drafter base (config);" in refused(*words(1))
     shutil.copytree(tiny.drafter, drafter, dirs_exist_ok=True)
     model = AutoModelForCausalLM.from_pretrained(target)
     model.lm_head.weight.data[7, 5] *= 2  # and be it one number
     model.save_pretrained(target)
-    assert "begun with another drafter itself, target;" in refused(*words(1))
+    assert "begun otherwise: drafter itself, target;" in refused(*words(1))
     shutil.copytree(tiny.target, target, dirs_exist_ok=True)
-    assert command(*words(1))[0] == 0
+    assert command(*words(1, f"target.path={target}/"))[0] == 0
     for path, change, what in (
-        (target / "config.json", {"rms_norm_eps": 0.5}, "drafter itself, target"),
-        (target / "generation_config.json", {"eos_token_id": [2, 9]}, "target"),
-        (drafter / "config.json", {"rms_norm_eps": 0.5}, "drafter base"),
+        (target / "config.json", {"rms_norm_eps": 0.5}, "drafter itself (config), target (config)"),
+        (target / "generation_config.json", {"eos_token_id": [2, 9]}, "target (generation)"),
+        (drafter / "config.json", {"rms_norm_eps": 0.5}, "drafter base (config)"),
     ):
         before = path.read_text()
         path.write_text(json.dumps({**json.loads(before), **change}))
-        assert f"begun with another {what};" in refused(*words(1))
+        assert f"begun otherwise: {what};" in refused(*words(1))
         path.write_text(before)
 
 

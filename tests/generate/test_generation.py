@@ -177,12 +177,12 @@ def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
     assert here(*again)[0] == 0 and files(tmp_path / "out") == whole  # nothing is missing
     (tmp_path / "out" / "unit-000001.parquet").unlink()
     code, _, complaint = here(*again)
-    assert code == 2 and f"{tmp_path / 'out'}: holds work begun with another weights" in complaint
+    assert code == 2 and f"{tmp_path / 'out'}: holds work that was begun otherwise: weights" in complaint
     assert len(files(tmp_path / "out")) == 1
     settings = tmp_path / "target" / "generation_config.json"
     before = settings.read_text()
     settings.write_text(json.dumps({**json.loads(before), "eos_token_id": [2, 50]}))
-    assert "holds work begun with another target;" in here(*again)[2]
+    assert "holds work that was begun otherwise: target (generation);" in here(*again)[2]
     settings.write_text("[1]")
     assert "generation_config.json cannot be read" in here(*again)[2]
     settings.write_text(before)

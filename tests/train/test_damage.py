@@ -90,13 +90,18 @@ def test_a_drafter_of_another_tokenizer_begins_no_run_and_drafts_for_no_target(
     for words, name in ((warm, "drafter.init_from"), (exported, "drafter"), (evaluated, "drafter a")):
         assert f"{name}: {run}: its tokenizer, {other_tokenizer}" in refused(*words)
 
-    # Of a path that leads to another tokenizer today, nothing can be said.
+    # Of a path that leads to another tokenizer today, nothing can be said but that.
     config = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**config, "tokenizer": "tokenizer.model"}))
     monkeypatch.chdir(tiny.tokenizer)
-    assert command(*exported)[0] == 0
+    code, _, told = command(*exported)
+    assert code == 0
+    assert told.startswith(f"drafter: {run}: not compared with {tiny.target}") and "is not what " in told
     monkeypatch.chdir(other_tokenizer)
     assert f"drafter: {run}: its tokenizer, " in refused(*exported)
+    (run / "config.yaml").write_text("target: foo")
+    code, _, told = command(*exported)
+    assert code == 2 and f"dist-train export: {run / 'config.yaml'}: torn or changed; restore it" in told
 
 
 def test_damaged_weights_begin_no_other_run(tiny, run, tmp_path):
