@@ -175,8 +175,8 @@ class Runtime:
             result = action()
         except (UserError, DataError) as error:
             refusal = str(error) if self.world_size == 1 else f"rank {self.rank}: {error}"
-        for found in filter(None, self.gather(refusal)):
-            raise UserError(found)
+        if refusals := [found for found in self.gather(refusal) if found is not None]:
+            raise UserError(refusals[0])
         return result
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_train.config.read import read_yaml
 from dist_train.errors import UserError
-from dist_train.run_folder import read_metrics
+from dist_train.run_folder import CONFIG, read_metrics
 from dist_train.slurm import journal
 from dist_train.slurm.standing import STAGES, TRAINING, Standing, standing
 
@@ -48,7 +48,7 @@ def _stage(folder: Path, jobs: dict[str, list[dict[str, Any]]]) -> str | None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     return read_yaml(path) if path.exists() else {}
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from dist_train.config import PretrainConfig, TrainSection, load_config
 from dist_train.drafter import load_drafter
 from dist_train.errors import UserError
-from dist_train.run_folder import list_checkpoints
+from dist_train.run_folder import CONFIG, list_checkpoints
 from dist_train.runtime import started
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.engine import build_engine, deepspeed_config
@@ -24,7 +24,7 @@ def check(run: Path, out: Path, deepspeed: str) -> PretrainConfig:
         raise UserError(f"{run}: no checkpoint here")
     if out.exists():
         raise UserError(f"{out}: is there already; choose another folder")
-    config = load_config(PretrainConfig, run / "config.yaml")  # a distillation's keys are the same
+    config = load_config(PretrainConfig, run / CONFIG)  # a distillation's keys are the same
     deepspeed_config(_as_trained(config, deepspeed, world_size=1), world_size=1)
     return config
 

@@ -11,17 +11,11 @@ from typing import Any
 
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
-from dist_train.drafter import (
-    TrainableDrafter,
-    drafter_config,
-    load_drafter,
-    new_drafter,
-    read_drafter_config,
-)
+from dist_train.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, read_drafter_config
 from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
 from dist_train.pairing import check_drafter
-from dist_train.run_folder import LOGS, list_checkpoints, read_metrics
+from dist_train.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
 from dist_train.runtime import Runtime, set_seed, started
 from dist_train.target import Target, load_target_tokenizer, named_tokenizer, read_target_config
 from dist_train.tokenizer import Tokenizer
@@ -103,7 +97,7 @@ def _train(config: TrainConfig, runtime: Runtime) -> None:
     training = _build(config, runtime)
     resumed = training.resume()
     if runtime.is_first:
-        save_config(config, config.run.dir / "config.yaml")
+        save_config(config, config.run.dir / CONFIG)
         _introduce(training, resumed)
     with training.metrics.going_on_from(training.step):
         finished = training.fit()
