@@ -14,7 +14,7 @@ from typing import Any
 from dist_train.cli.parser import add, processes
 from dist_train.cli.stages import STAGES, Stage, load
 from dist_train.errors import UserError
-from dist_train.runtime import find_world
+from dist_train.runtime.process_group import find_world
 
 _PLANNED = ("pretrain", "generate", "distill")
 
@@ -72,7 +72,7 @@ def _run_doctor(options: argparse.Namespace) -> int:
     stage = _stage_of(options.words, options.stage) if options.words else None
     config = load(stage, options.words) if stage else None
     if options.nproc and options.nproc > 1:
-        from dist_train.launch import launch
+        from dist_train.runtime.launch import launch
 
         named = {"--stage": stage.name if stage else None, "--folder": options.folder, "--wait": options.wait}
         flags = [f"{name}={value}" for name, value in named.items() if value is not None]
@@ -147,8 +147,8 @@ def _plan_stage(stage: Stage, config: Any, machine: Any, assumed: Any, options: 
 
 def _count_seeds(config: Any) -> int:
     """As generate finds them; a tokenizer is needed only where their tokens are limited."""
-    from dist_train.prompts import read_all_seeds
-    from dist_train.target import named_tokenizer
+    from dist_train.models.target_tokenizer import named_tokenizer
+    from dist_train.prompts.seeds import read_all_seeds
 
     sections = [config.seeds, *config.more_seeds]
     limited = any(section.min_tokens or section.max_tokens for section in sections)

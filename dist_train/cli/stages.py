@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.cli.parser import add, processes
 from dist_train.errors import UserError
-from dist_train.runtime import find_world
+from dist_train.runtime.process_group import find_world
 
 if TYPE_CHECKING:
     from dist_train.config import Section
@@ -54,7 +54,7 @@ STAGES = (
     Stage(
         "prepare",
         "tokenize text or conversations into shards",
-        "dist_train.prepare",
+        "dist_train.prepare.stage",
         "PrepareConfig",
         "dist-train prepare inputs='corpus/*.jsonl.zst' tokenizer=tokenizer.model out=shards/corpus --nproc 8",
         mpi=True,
@@ -207,7 +207,7 @@ def _run_stage(options: argparse.Namespace) -> int:
     if options.nproc and options.nproc > 1:
         if stage.alone:
             raise UserError(f"--nproc {options.nproc}: one process does this; leave it out")
-        from dist_train.launch import launch, launch_mpi
+        from dist_train.runtime.launch import launch, launch_mpi
 
         module.check(config)
         return (launch_mpi if stage.mpi else launch)([stage.name, *words], options.nproc)

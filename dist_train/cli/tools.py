@@ -142,7 +142,7 @@ def add_checkpoint(commands: argparse._SubParsersAction) -> None:
 def _list_checkpoints(options: argparse.Namespace) -> int:
     from data_shards.errors import DataError
     from data_shards.files import read_json
-    from dist_train.run_folder import MANIFEST, list_checkpoints, verify
+    from dist_train.runtime.run_folder import MANIFEST, list_checkpoints, verify
 
     folders = list_checkpoints(options.run)
     if not folders:
@@ -166,7 +166,7 @@ def _list_checkpoints(options: argparse.Namespace) -> int:
 
 
 def _convert_checkpoint(options: argparse.Namespace) -> int:
-    from dist_train.launch import launch
+    from dist_train.runtime.launch import launch
     from dist_train.train.convert import check, convert
 
     config = check(options.run, options.out, options.deepspeed)

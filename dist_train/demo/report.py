@@ -10,10 +10,10 @@ from typing import Any
 
 from data_shards.files import read_json, write_atomically
 from dist_train.demo.recipe import LOSSES
-from dist_train.evaluate.plots import COLOURS, accepted_length_histogram, as_svg, block_efficiency_bars, style
-from dist_train.evaluate.tables import results_markdown, results_tables
-from dist_train.run_folder import read_metrics
-from dist_train.runtime import cores
+from dist_train.reports.plots import COLOURS, accepted_length_histogram, as_svg, block_efficiency_bars, style
+from dist_train.reports.tables import results_markdown, results_tables
+from dist_train.runtime.process_group import cores
+from dist_train.runtime.run_folder import read_metrics
 
 TASK = "held-out"
 CAUTION = (

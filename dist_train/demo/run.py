@@ -93,7 +93,7 @@ class Demo:
             raise UserError(f"--scale {self.recipe.scale}: a share of the training steps, above 0")
         if self.target is not None:
             from dist_train.config import TargetSection
-            from dist_train.target import check_vocabulary, read_target_config
+            from dist_train.models.load import check_vocabulary, read_target_config
             from dist_train.tokenizer import load_tokenizer
 
             section, tokenizer = TargetSection(path=self.target), load_tokenizer(self.target)
@@ -128,7 +128,7 @@ class Demo:
     def stage(self, name: str, label: str, config: dict[str, Any], processes: int | None = None) -> None:
         """Run a stage's command with a configuration that stays readable in `out/configs`."""
         from dist_train.cli import main
-        from dist_train.launch import launch
+        from dist_train.runtime.launch import launch
 
         path = self.out / "configs" / f"{label}.yaml"
         path.parent.mkdir(exist_ok=True)
@@ -165,7 +165,7 @@ class Demo:
         folder = self.out / "corpus"
         if self.corpus is None or self.seeds is None:
             from dist_train.demo.corpus import build_corpus
-            from dist_train.progress import Progress
+            from dist_train.runtime.progress import Progress
 
             with Progress("corpus", 100, "%") as bar:
                 stats = build_corpus(folder, progress=lambda done, total, _: bar.update(round(100 * done / total)))
@@ -327,7 +327,7 @@ def best_drafter(results: dict[str, Any]) -> str:
 def split_seeds(inputs: str, out: Path, held_out_share: float = 0.1) -> tuple[int, int]:
     """Split a file of seeds by a hash of each prompt into `seeds.train.jsonl` and `seeds.heldout.jsonl`; the counts."""
     from dist_train.config import SeedsSection
-    from dist_train.prompts import read_seeds
+    from dist_train.prompts.seeds import read_seeds
 
     out.mkdir(parents=True, exist_ok=True)
     parts: dict[bool, list[str]] = {False: [], True: []}

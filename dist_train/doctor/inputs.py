@@ -18,7 +18,7 @@ from data_shards import DataError, ShardedTokens
 from dist_train.config import TargetSection, TrainConfig
 from dist_train.doctor.findings import Finding
 from dist_train.errors import UserError
-from dist_train.runtime import Runtime
+from dist_train.runtime.process_group import Runtime
 
 _COMMANDS = ("sbatch", "srun", "scontrol", "squeue", "scancel")
 _TOOL_SECONDS = 20.0
@@ -70,7 +70,7 @@ def together(found: Sequence[Sequence[Finding]]) -> list[Finding]:
 
 
 def _look_at_tokenizer(source: str, target: TargetSection | None, *, strict: bool) -> str:
-    from dist_train.target import compare_with_target, named_tokenizer
+    from dist_train.models.target_tokenizer import compare_with_target, named_tokenizer
 
     tokenizer = named_tokenizer(target, source)
     text = f"{source}: {tokenizer.vocab_size:,} pieces"
@@ -81,7 +81,7 @@ def _look_at_tokenizer(source: str, target: TargetSection | None, *, strict: boo
 
 
 def _look_at_target(section: TargetSection) -> str:
-    from dist_train.target import read_target_config
+    from dist_train.models.load import read_target_config
 
     shape = read_target_config(section)
     folder = Path(section.path)
@@ -102,7 +102,7 @@ def _look_at_data(path: Path) -> str:
 
 
 def _look_at_run(folder: Path) -> str:
-    from dist_train.run_folder import list_checkpoints
+    from dist_train.runtime.run_folder import list_checkpoints
 
     kept = list_checkpoints(folder)
     return f"{folder}: " + (f"goes on from {kept[-1].name}" if kept else "begins anew")

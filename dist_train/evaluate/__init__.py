@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dist_train.evaluate.speculative import Generated, speculative_generate
+    from dist_train.decoding.speculative import Generated, speculative_generate
 
 __all__ = ["Generated", "speculative_generate"]
 
@@ -12,6 +12,6 @@ def __getattr__(name: str) -> Any:
     """Import PyTorch only where decoding is asked for: `--compare` does without."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from dist_train.evaluate import speculative
+    from dist_train.decoding import speculative
 
     return getattr(speculative, name)

@@ -19,7 +19,7 @@ from data_shards.files import read_json, write_atomically, write_json
 from dist_train.errors import UserError
 from dist_train.evaluate.measures import Counts, bootstrap_runs
 from dist_train.evaluate.results import COUNTS, RESULTS, make_folder
-from dist_train.evaluate.tables import comparison_table, interval, markdown
+from dist_train.reports.tables import comparison_table, interval, markdown
 
 Condition = tuple[str, int, float, str]  # task, gamma, temperature, drafting
 

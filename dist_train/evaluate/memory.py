@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_train.config import EvaluateConfig
-from dist_train.drafter import read_drafter_config
 from dist_train.evaluate.tasks import load_prompts
-from dist_train.target import DTYPES, load_target_tokenizer, read_target_config
+from dist_train.models.drafter import read_drafter_config
+from dist_train.models.load import DTYPES, read_target_config
+from dist_train.models.target_tokenizer import load_target_tokenizer
 
 _GIB = 2**30
 

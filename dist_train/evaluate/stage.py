@@ -11,26 +11,19 @@ from typing import Any
 from data_shards.errors import DataError
 from data_shards.files import read_json, write_json
 from dist_train.config import EvaluateConfig, save_config
-from dist_train.drafter import find_model, load_drafter, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
-from dist_train.pairing import check_drafter
-from dist_train.progress import Progress
-from dist_train.runtime import Runtime, started
-from dist_train.target import (
-    DTYPES,
-    config_digest,
-    end_ids,
-    load_decoder,
-    load_target_tokenizer,
-    read_target_config,
-    target_identity,
-    weights_digest,
-)
+from dist_train.models.drafter import find_model, load_drafter, read_drafter_config
+from dist_train.models.load import DTYPES, config_digest, read_target_config, target_identity
+from dist_train.models.pairing import check_drafter
+from dist_train.models.target import load_decoder, weights_digest
+from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
+from dist_train.runtime.process_group import Runtime, started
+from dist_train.runtime.progress import Progress
 from dist_train.tokenizer import Tokenizer
-from dist_train.units import Units, refuse_other_plan, unit_seed
+from dist_train.work.units import Units, refuse_other_plan, unit_seed
 
 __all__ = ["check", "memory_report", "run"]
 
@@ -140,7 +133,7 @@ class _Models:
 
     def decode(self, cell: Cell, prompts: Prompts, chosen: range) -> dict[str, list[Any]]:
         """Tokens of each block, and of the text, for each of the chosen prompts."""
-        from dist_train.evaluate.speculative import speculative_generate
+        from dist_train.decoding.speculative import speculative_generate
 
         found = speculative_generate(
             self.drafter(cell.drafter),
@@ -159,7 +152,7 @@ class _Models:
 
     def seconds_per_token(self, drafter: str | None, gamma: int, prompts: list[list[int]], limit: int) -> float:
         """Wall-clock seconds per token of a greedy pass."""
-        from dist_train.evaluate.speculative import speculative_generate
+        from dist_train.decoding.speculative import speculative_generate
 
         model, target = None if drafter is None else self.drafter(drafter), self.target
         began = time.perf_counter()

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 from data_shards.inputs import Record, dataset_files
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
 from dist_train.errors import UserError
-from dist_train.formats import placed_records, refuse_half_characters
-from dist_train.prompts import because, encode_seeds, is_on_side, read_seeds, refuse_long
+from dist_train.prompts.formats import placed_records, refuse_half_characters
+from dist_train.prompts.seeds import because, encode_seeds, is_on_side, read_seeds, refuse_long
 from dist_train.tokenizer import Message, Tokenizer
-from dist_train.units import unit_seed
+from dist_train.work.units import unit_seed
 
 
 @dataclass(frozen=True)

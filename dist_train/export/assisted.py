@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config import TargetSection
-from dist_train.drafter import load_drafter
 from dist_train.errors import UserError
-from dist_train.target import load_causal_lm
+from dist_train.models.drafter import load_drafter
+from dist_train.models.load import load_causal_lm
 
 
 def check_assisted_generation(

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError
 
 from data_shards.files import file_xxh64, fsync, read_json, write_json
-from dist_train.drafter import load_drafter
 from dist_train.errors import UserError
 from dist_train.export.reference import Reference
-from dist_train.target import DTYPES
+from dist_train.models.drafter import load_drafter
+from dist_train.models.load import DTYPES
 
 MARKER = "dist_train_export.json"
 """written last: what was exported, and every file with size and checksum; a folder with it may be replaced"""

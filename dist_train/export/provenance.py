@@ -7,9 +7,9 @@ from typing import Any
 
 from data_shards.files import read_json
 from dist_train.config.read import read_yaml
-from dist_train.drafter import find_model
 from dist_train.errors import UserError
-from dist_train.run_folder import CONFIG, MANIFEST, run_of
+from dist_train.models.drafter import find_model
+from dist_train.runtime.run_folder import CONFIG, MANIFEST, run_of
 
 
 def training_provenance(drafter: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,8 @@ from typing import Any
 from data_shards.errors import first_line
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
-from dist_train.target import named_tokenizer, read_generation_config, read_target_config
+from dist_train.models.load import read_generation_config, read_target_config
+from dist_train.models.target_tokenizer import named_tokenizer
 from dist_train.tokenizer import Tokenizer, refuse_torn
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -7,7 +7,6 @@ from typing import Any
 
 from dist_train import __version__
 from dist_train.config import ExportConfig, SeedsSection, TargetSection
-from dist_train.drafter import damaged_weights, find_model, load_drafter, read_drafter_config
 from dist_train.errors import UserError
 from dist_train.export.assisted import check_assisted_generation
 from dist_train.export.card import Facts, model_card, read_results
@@ -16,10 +15,12 @@ from dist_train.export.gate import Check, gate, source_gate
 from dist_train.export.gguf import find_converter, write_gguf
 from dist_train.export.provenance import training_provenance
 from dist_train.export.reference import Reference, reference_of_target, reference_of_tokenizer, token_ids
-from dist_train.pairing import refuse_other_pieces
-from dist_train.prompts import encode_seeds, read_seeds, refuse_long
-from dist_train.runtime import quiet_libraries
-from dist_train.target import load_target_tokenizer, read_target_config
+from dist_train.models.drafter import damaged_weights, find_model, load_drafter, read_drafter_config
+from dist_train.models.load import read_target_config
+from dist_train.models.pairing import refuse_other_pieces
+from dist_train.models.target_tokenizer import load_target_tokenizer
+from dist_train.prompts.seeds import encode_seeds, read_seeds, refuse_long
+from dist_train.runtime.process_group import quiet_libraries
 from dist_train.tokenizer import load_tokenizer
 
 GGUF_FILE = "drafter.gguf"

@@ -12,8 +12,8 @@ import torch
 from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.generate.asks import Answer, Ask, Sampling
-from dist_train.target import weights_digest
-from dist_train.units import unit_seed
+from dist_train.models.target import weights_digest
+from dist_train.work.units import unit_seed
 
 
 class _LocalEngine(ABC):

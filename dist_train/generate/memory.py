@@ -6,8 +6,9 @@ from typing import Any
 
 from dist_train.config import GenerateConfig
 from dist_train.evaluate.memory import cached, parameters, render
-from dist_train.prompts import encode_seeds, read_all_seeds
-from dist_train.target import DTYPES, load_target_tokenizer, read_target_config
+from dist_train.models.load import DTYPES, read_target_config
+from dist_train.models.target_tokenizer import load_target_tokenizer
+from dist_train.prompts.seeds import encode_seeds, read_all_seeds
 
 
 def memory_report(config: GenerateConfig, _world_size: int) -> str:

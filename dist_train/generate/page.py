@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.files import write_atomically
-from dist_train.evaluate.plots import COLOURS, as_svg, style
+from dist_train.reports.plots import COLOURS, as_svg, style
 
 PAGE = "_statistics.html"
 

@@ -18,19 +18,14 @@ from dist_train.generate.asks import Ask, Condition, Engine, Sampling, condition
 from dist_train.generate.memory import memory_report
 from dist_train.generate.page import write_page
 from dist_train.generate.statistics import Stopwatch, gather
-from dist_train.progress import Progress
-from dist_train.prompts import encode_seeds, read_all_seeds, refuse_long
-from dist_train.runtime import started
-from dist_train.target import (
-    end_ids,
-    load_decoder,
-    load_target_tokenizer,
-    read_generation_config,
-    read_target_config,
-    target_identity,
-)
+from dist_train.models.load import read_generation_config, read_target_config, target_identity
+from dist_train.models.target import load_decoder
+from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
+from dist_train.prompts.seeds import encode_seeds, read_all_seeds, refuse_long
+from dist_train.runtime.process_group import started
+from dist_train.runtime.progress import Progress
 from dist_train.tokenizer import Tokenizer
-from dist_train.units import COMPLETE, Units, refuse_other_plan, unit_seed
+from dist_train.work.units import COMPLETE, Units, refuse_other_plan, unit_seed
 
 __all__ = ["STATISTICS", "Generation", "Work", "check", "memory_report", "run"]
 
@@ -177,8 +172,8 @@ def _decoder(config: GenerateConfig, tokenizer: Tokenizer, model: Any) -> Engine
 
 
 def _server(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> Engine:
-    from dist_train.generate.http import Client
     from dist_train.generate.server import ServerEngine
+    from dist_train.serving.http import Client
 
     engine = config.engine
     client = Client(engine.url, os.environ.get(engine.key_variable), engine.timeout, engine.patience)

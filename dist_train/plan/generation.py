@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dist_train.config import GenerateConfig
 from dist_train.generate.asks import conditions
+from dist_train.models.load import DTYPES
 from dist_train.plan.machine import Assumptions, Machine
 from dist_train.plan.report import Plan
 from dist_train.plan.shapes import measure, target_shape
-from dist_train.target.load import DTYPES
 from dist_train.train.timing import flops_per_token
 
 _GIB = 2**30

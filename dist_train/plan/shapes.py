@@ -34,7 +34,7 @@ def measure(shape: Any) -> Size:
     """The `Size` of a Hugging Face configuration."""
     from transformers import AutoModelForCausalLM
 
-    from dist_train.target import matrix_parameters
+    from dist_train.models.target import matrix_parameters
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(shape)
@@ -67,7 +67,7 @@ def llama_of(parameters: float, vocab_size: int) -> Any:
 
 def target_shape(section: TargetSection) -> Any:
     """The target's configuration. Raises UserError that names the flag for targets that are not at hand."""
-    from dist_train.target import read_target_config
+    from dist_train.models.load import read_target_config
 
     try:
         return read_target_config(section)
@@ -77,7 +77,7 @@ def target_shape(section: TargetSection) -> Any:
 
 def drafter_shape(config: TrainConfig, vocab_size: int) -> Any:
     """The drafter's configuration: of the weights that it starts from if they are there, else by `drafter`'s sizes."""
-    from dist_train.drafter import drafter_config, read_drafter_config
+    from dist_train.models.drafter import drafter_config, read_drafter_config
 
     start = config.drafter.init_from
     if start is not None and start.exists():

@@ -6,10 +6,10 @@ from typing import Any
 
 from dist_train.config import TrainConfig
 from dist_train.errors import UserError
+from dist_train.models.load import DTYPES
 from dist_train.plan.machine import Assumptions, Machine
 from dist_train.plan.report import Plan
 from dist_train.plan.shapes import Size, drafter_shape, measure, target_shape
-from dist_train.target.load import DTYPES
 from dist_train.train.engine import deepspeed_config
 from dist_train.train.memory import checkpoint_bytes, kept_checkpoints, memory_estimate
 from dist_train.train.timing import flops_per_token

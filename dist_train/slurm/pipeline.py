@@ -51,9 +51,10 @@ def check_wiring(
 def check_rest(config: Any, awaited: Collection[str]) -> None:
     """What a stage reads, save the `awaited` keys, as its own check would. Raises UserError or DataError."""
     from dist_train.evaluate.tasks import load_prompts
-    from dist_train.pairing import check_drafter
-    from dist_train.prompts import read_all_seeds
-    from dist_train.target import load_target_tokenizer, read_target_config
+    from dist_train.models.load import read_target_config
+    from dist_train.models.pairing import check_drafter
+    from dist_train.models.target_tokenizer import load_target_tokenizer
+    from dist_train.prompts.seeds import read_all_seeds
     from dist_train.train.stage import check_corpus
 
     given = {key: text for key, text in [*_inputs(config), *_models(config)] if key not in awaited}

@@ -9,7 +9,7 @@ from data_shards.files import read_json
 from data_shards.format import INDEX
 from data_shards.inputs import InputFile, plan_units
 from data_shards.prepare import PLAN
-from dist_train.run_folder import CHECKPOINTS, committed
+from dist_train.runtime.run_folder import CHECKPOINTS, committed
 
 TRAINING = ("pretrain", "distill")
 _UNITS = {"prepare": "shard", "generate": "batch", "evaluate": "batch"}

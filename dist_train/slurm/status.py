@@ -12,7 +12,7 @@ from typing import Any
 
 from dist_train.config.read import read_yaml
 from dist_train.errors import UserError
-from dist_train.run_folder import CONFIG, read_metrics
+from dist_train.runtime.run_folder import CONFIG, read_metrics
 from dist_train.slurm import journal
 from dist_train.slurm.standing import STAGES, TRAINING, Standing, standing
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dist_train.config import SlurmSection
 from dist_train.errors import UserError
-from dist_train.resources import resource
+from dist_train.runtime.resources import resource
 
 
 def sbatch_options(resources: SlurmSection, after: Sequence[str] = ()) -> list[str]:

@@ -35,8 +35,8 @@ from data_shards import DataError
 from data_shards.files import file_xxh64, read_json, write_atomically, write_json
 from dist_train.config import CheckpointSection
 from dist_train.errors import UserError
-from dist_train.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
-from dist_train.runtime import Runtime
+from dist_train.runtime.process_group import Runtime
+from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
 from dist_train.train.lease import Lease
 from dist_train.train.state import EMA, WEIGHT, DrafterState
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from dist_train.config import PretrainConfig, TrainSection, load_config
-from dist_train.drafter import load_drafter
 from dist_train.errors import UserError
-from dist_train.run_folder import CONFIG, list_checkpoints
-from dist_train.runtime import started
+from dist_train.models.drafter import load_drafter
+from dist_train.runtime.process_group import started
+from dist_train.runtime.run_folder import CONFIG, list_checkpoints
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.engine import build_engine, deepspeed_config
 from dist_train.train.lease import Lease

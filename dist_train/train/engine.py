@@ -11,8 +11,8 @@ from torch import nn
 
 from dist_train.config import TrainSection
 from dist_train.errors import UserError
-from dist_train.resources import resource
-from dist_train.runtime import Runtime
+from dist_train.runtime.process_group import Runtime
+from dist_train.runtime.resources import resource
 
 
 def build_engine(drafter: nn.Module, train: TrainSection, runtime: Runtime) -> Any:

@@ -13,7 +13,7 @@ from data_shards import TokenLoader
 from dist_train.config import TrainConfig
 from dist_train.errors import UserError
 from dist_train.losses import STATISTICS
-from dist_train.runtime import Runtime
+from dist_train.runtime.process_group import Runtime
 from dist_train.train.batch import DeviceBatch, on_device
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.guard import LossGuard, StepControl, StopSignal, Watchdog

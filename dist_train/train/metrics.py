@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from data_shards import DataError
 from data_shards.files import write_atomically
 from dist_train.errors import UserError
-from dist_train.progress import Progress
-from dist_train.run_folder import LOGS, METRICS, PROFILE, TENSORBOARD, read_metrics
+from dist_train.runtime.progress import Progress
+from dist_train.runtime.run_folder import LOGS, METRICS, PROFILE, TENSORBOARD, read_metrics
 
 if TYPE_CHECKING:
     from dist_train.config import LogSection
-    from dist_train.runtime import Runtime
+    from dist_train.runtime.process_group import Runtime
     from dist_train.train.timing import Throughput
 
 

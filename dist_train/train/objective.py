@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_train.config import LossSection
 from dist_train.losses import STATISTICS, Head, linear_divergence
-from dist_train.target import Target
+from dist_train.models.target import Target
 
 LossFunction = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
 

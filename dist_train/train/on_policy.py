@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from dist_train.config import OnPolicySection
-from dist_train.drafter import TrainableDrafter
-from dist_train.kv_cache import as_argument
 from dist_train.losses import Head
+from dist_train.models.drafter import TrainableDrafter
+from dist_train.models.kv_cache import as_argument
 from dist_train.train.batch import DeviceBatch
-from dist_train.units import unit_seed
+from dist_train.work.units import unit_seed
 
 
 class OnPolicy:

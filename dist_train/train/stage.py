@@ -11,13 +11,15 @@ from typing import Any
 
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
-from dist_train.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, read_drafter_config
 from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
-from dist_train.pairing import check_drafter
-from dist_train.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
-from dist_train.runtime import Runtime, set_seed, started
-from dist_train.target import Target, load_target_tokenizer, named_tokenizer, read_target_config
+from dist_train.models.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, read_drafter_config
+from dist_train.models.load import read_target_config
+from dist_train.models.pairing import check_drafter
+from dist_train.models.target import Target
+from dist_train.models.target_tokenizer import load_target_tokenizer, named_tokenizer
+from dist_train.runtime.process_group import Runtime, set_seed, started
+from dist_train.runtime.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
 from dist_train.tokenizer import Tokenizer
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.engine import build_engine, deepspeed_config

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from dist_train.config import TrainConfig
-from dist_train.runtime import Runtime
-from dist_train.target import Target, matrix_parameters
+from dist_train.models.target import Target, matrix_parameters
+from dist_train.runtime.process_group import Runtime
 
 # Dense bf16, 1e12 operations a second, by the vendor's data sheets; the first name found in the device's counts.
 _PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}

@@ -30,9 +30,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.utils import logging
 
-from dist_train.evaluate.speculative import speculative_generate
+from dist_train.decoding.speculative import speculative_generate
 from dist_train.evaluate.stage import BATCHES_A_UNIT
-from dist_train.kv_cache import as_argument
+from dist_train.models.kv_cache import as_argument
 
 Prompts = list[list[int]]
 Outcome = tuple[int, int]  # tokens and calls of the target, without each text's last block, which the limit cuts

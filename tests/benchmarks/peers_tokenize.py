@@ -24,8 +24,8 @@ def write_digests(work: str, documents: Iterable[Any]) -> str:
 def dist_train(work: str, folder: str, processes: int) -> dict[str, Any]:
     """`dist-train prepare`, under MPI."""
     from data_shards import ShardedTokens
-    from dist_train import prepare
     from dist_train.config import PrepareConfig
+    from dist_train.prepare.stage import run as prepare
 
     if processes > 1:
         from mpi4py import MPI
@@ -36,7 +36,7 @@ def dist_train(work: str, folder: str, processes: int) -> dict[str, Any]:
     for inputs, made in ((f"{folder}/few.jsonl", Path(folder) / "few"), (f"{work}/texts.jsonl", out)):
         config = PrepareConfig(inputs=inputs, tokenizer=f"{work}/tokenizer", out=made, bos=False, shard_bytes=4 << 20)
         began = time.perf_counter()
-        prepare.run(config)
+        prepare(config)
         seconds = time.perf_counter() - began
     corpus = ShardedTokens(out)
     documents = (corpus.document(i)[:-1] for i in range(corpus.num_documents))  # without EOS

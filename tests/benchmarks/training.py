@@ -127,7 +127,7 @@ def bare_loop(settings: dict) -> None:
 
     from data_shards import ShardedTokens
     from dist_train.config import DrafterSection
-    from dist_train.drafter import drafter_config, new_drafter
+    from dist_train.models.drafter import drafter_config, new_drafter
 
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = torch.cuda.is_available()
@@ -171,7 +171,7 @@ def trainer_loop(settings: dict) -> None:
 
     from data_shards import ShardedTokens
     from dist_train.config import DrafterSection
-    from dist_train.drafter import drafter_config, new_drafter
+    from dist_train.models.drafter import drafter_config, new_drafter
 
     tokens, length = ShardedTokens(settings["corpus"]), settings["length"]
 

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dist_train.drafter import read_drafter_config
+from dist_train.models.drafter import read_drafter_config
 
 SMOKE = "0.01"
 

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection, load_config
 from dist_train.errors import UserError
 from dist_train.evaluate.tasks import Prompts, Sampling, load_prompts, read_task, refuse_long_prompts, sampling
-from dist_train.prompts import read_seeds
+from dist_train.prompts.seeds import read_seeds
 from dist_train.tokenizer import load_tokenizer
 
 RECORDS = {

@@ -19,8 +19,8 @@ from generations import FAULTS, files, generation, rows
 from transformers import AutoModelForCausalLM
 
 from dist_train.generate.answers import read_origin
-from dist_train.generate.http import Client
-from dist_train.runtime import free_port
+from dist_train.runtime.process_group import free_port
+from dist_train.serving.http import Client
 
 
 def asking(tiny, out, url, *more):

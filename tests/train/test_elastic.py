@@ -86,8 +86,8 @@ STATES = """
 import sys
 import torch
 from dist_train.config import DrafterSection, TrainSection
-from dist_train.drafter import TrainableDrafter, drafter_config, new_drafter
-from dist_train.runtime import started
+from dist_train.models.drafter import TrainableDrafter, drafter_config, new_drafter
+from dist_train.runtime.process_group import started
 from dist_train.train.engine import build_engine
 from dist_train.train.state import WEIGHT, DrafterState
 
@@ -121,7 +121,7 @@ import deepspeed, torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from dist_train.runtime import started
+from dist_train.runtime.process_group import started
 
 folder, checkpoint = sys.argv[1:]
 with started() as runtime:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from dist_train.config import TargetSection, TrainConfig
 from dist_train.doctor.inputs import input_findings
 from dist_train.errors import UserError
-from dist_train.target import load_target_tokenizer
+from dist_train.models.target_tokenizer import load_target_tokenizer
 from dist_train.train import stage
 
 SIZES = {
@@ -42,8 +42,8 @@ from pathlib import Path
 import torch
 from dist_train.config import TargetSection
 from dist_train.losses import linear_divergence
-from dist_train.runtime import started
-from dist_train.target import Target
+from dist_train.runtime.process_group import started
+from dist_train.models.target import Target
 
 folder, sharding = Path(sys.argv[1]), sys.argv[2]
 with started() as runtime:
@@ -73,7 +73,7 @@ with started() as runtime:
         share = mine / sum(p.numel() for p in whole.get_decoder().parameters())
         print(path.name, round(share, 3))
 
-    from dist_train.drafter import load_drafter
+    from dist_train.models.drafter import load_drafter
     from dist_train.errors import UserError
 
     torn = Path(sys.argv[3])
@@ -130,8 +130,8 @@ LOAD = """
 import os, sys, threading, time
 from pathlib import Path
 from dist_train.config import TargetSection
-from dist_train.runtime import started
-from dist_train.target import Target
+from dist_train.runtime.process_group import started
+from dist_train.models.target import Target
 import deepspeed, transformers.integrations.deepspeed, transformers.models.llama
 
 def anonymous():

@@ -30,7 +30,7 @@ def test_a_run_is_a_plain_pytorch_loop(tiny, cli, tmp_path):
     cli("pretrain", *arguments(tiny, tmp_path / "run", *tiny.data("corpus"), "train.gradient_clip=0.5"))
 
     from dist_train.config import DrafterSection
-    from dist_train.drafter import drafter_config, new_drafter
+    from dist_train.models.drafter import drafter_config, new_drafter
 
     section = DrafterSection(hidden_size=16, layers=2, heads=2, mlp_size=32, max_positions=256)
     model = new_drafter(drafter_config(section, tiny.vocab_size, 1, 2), seed=0)

@@ -18,9 +18,9 @@ from typing import Any
 
 from data_shards.errors import DataError
 from data_shards.files import read_json, remove_stale, write_json
-from dist_train.claims import LEASE_SECONDS, PREFIX, Claims
 from dist_train.errors import RankError, UserError
-from dist_train.runtime import Runtime
+from dist_train.runtime.process_group import Runtime
+from dist_train.work.claims import LEASE_SECONDS, PREFIX, Claims
 
 PLAN = "_plan.json"  # readers of a folder of answers pass over names that begin with an underscore
 BEGUN = "_begun.json"

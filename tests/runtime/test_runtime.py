@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.errors import UserError
-from dist_train.runtime import find_world, started
+from dist_train.runtime.process_group import find_world, started
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
 SRUN = {
@@ -64,7 +64,7 @@ def test_nothing_is_compiled_at_the_start(tmp_path):
         found = shutil.which(name)
         if found:
             Path(tmp_path, name).symlink_to(found)
-    start = "from dist_train.runtime import started\nwith started() as runtime: print(runtime.world_size)"
+    start = "from dist_train.runtime.process_group import started\nwith started() as runtime: print(runtime.world_size)"
     done = subprocess.run(
         [sys.executable, "-c", start],
         env={**os.environ, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "operators")},

@@ -11,7 +11,7 @@ from generations import generation
 
 from dist_train.config import SeedsSection
 from dist_train.errors import UserError
-from dist_train.prompts import is_held_out, read_all_seeds, read_seeds
+from dist_train.prompts.seeds import is_held_out, read_all_seeds, read_seeds
 from dist_train.tokenizer import load_tokenizer
 
 

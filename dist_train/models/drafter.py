@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
-from dist_train.target import from_pretrained_whole
+from dist_train.models.load import from_pretrained_whole
+from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedModel

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from dist_train.errors import UserError
-from dist_train.kv_cache import as_argument
+from dist_train.models.kv_cache import as_argument
 
 
 class RowReader:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.target.load import (
+from dist_train.models.load import (
     config_digest,
     large_blocks_returned,
     load_causal_lm,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from dist_train.config import TargetSection
-    from dist_train.runtime import Runtime
+    from dist_train.runtime.process_group import Runtime
 
 
 _PROBED = 64  # logits by which a target is known again

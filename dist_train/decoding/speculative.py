@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dist_train.evaluate.cache import RowReader
+from dist_train.decoding.cache import RowReader
 from dist_train.losses.head import working_dtype
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dist_train.errors import UserError
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 
 
 def resource(folder: str, name: str) -> Path:

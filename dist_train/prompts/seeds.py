@@ -12,7 +12,7 @@ from typing import Any
 from data_shards.errors import first_line
 from dist_train.config import SeedsSection, TaskSection
 from dist_train.errors import UserError
-from dist_train.formats import Conversation, Placed, conversations, placed_records
+from dist_train.prompts.formats import Conversation, Placed, conversations, placed_records
 from dist_train.tokenizer import Message, Tokenizer
 
 _SPLIT_KEY = b"dist-train held-out prompts"  # fixed for ever: another key would move prompts across

@@ -16,10 +16,10 @@ from data_shards.inputs import Record, dataset_files, find_files
 from data_shards.prepare import together
 from dist_train.config import PrepareConfig
 from dist_train.errors import UserError
-from dist_train.progress import Progress
+from dist_train.runtime.progress import Progress
 from dist_train.tokenizer import Tokenizer, load_tokenizer
 from dist_train.tokenizer.wordwise import Array
-from dist_train.units import refuse_partial
+from dist_train.work.units import refuse_partial
 
 _FAULTS_SHOWN = 20
 

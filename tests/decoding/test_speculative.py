@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dist_train.evaluate.speculative import _draw, speculative_generate, warp
+from dist_train.decoding.speculative import _draw, speculative_generate, warp
 
 EOS = 2
 

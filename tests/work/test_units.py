@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.claims import Claims
 from dist_train.errors import UserError
-from dist_train.units import Units, refuse_partial
+from dist_train.work.claims import Claims
+from dist_train.work.units import Units, refuse_partial
 
 WORKER = """
 import sys, time

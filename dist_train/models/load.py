@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from dist_train.config import TargetSection
-    from dist_train.runtime import Runtime
+    from dist_train.runtime.process_group import Runtime
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 

@@ -1,0 +1,1 @@
+"""Speculative decoding, in batches that are kept full."""

@@ -1,0 +1,1 @@
+"""`dist-train prepare`: the tokenizer meets `data_shards`."""

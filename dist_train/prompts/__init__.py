@@ -1,0 +1,1 @@
+"""Conversations that end where an answer is wanted: from records, without duplicates, divided."""

@@ -1,0 +1,1 @@
+"""This process: its place among all, the process group, launching others, progress, the run folder."""

@@ -1,0 +1,1 @@
+"""Inference servers: how they are asked, and what they count."""

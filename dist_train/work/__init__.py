@@ -1,0 +1,1 @@
+"""Independent pieces of work, shared out over ranks and jobs, and resumed."""
