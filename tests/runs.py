@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from dist_train.runtime.process_group import free_port
+from dist_train.runtime.world import free_port
 
 SHAPE = [
     "drafter.hidden_size=16",

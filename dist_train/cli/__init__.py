@@ -18,7 +18,7 @@ from dist_train.cli.slurm import add_job, add_status, add_submit
 from dist_train.cli.stages import STAGES, add_stage
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
 from dist_train.errors import RankError, UserError
-from dist_train.runtime.process_group import is_spokesman
+from dist_train.runtime.world import is_spokesman
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

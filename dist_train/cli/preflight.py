@@ -14,7 +14,7 @@ from typing import Any
 from dist_train.cli.parser import add, processes
 from dist_train.cli.stages import STAGES, Stage, load
 from dist_train.errors import UserError
-from dist_train.runtime.process_group import find_world
+from dist_train.runtime.world import find_world
 
 _PLANNED = ("pretrain", "generate", "distill")
 

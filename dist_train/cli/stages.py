@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_train.cli.parser import add, processes
 from dist_train.errors import UserError
-from dist_train.runtime.process_group import find_world
+from dist_train.runtime.world import find_world
 
 if TYPE_CHECKING:
     from dist_train.config import Section

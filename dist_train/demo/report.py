@@ -12,8 +12,8 @@ from data_shards.files import read_json, write_atomically
 from dist_train.demo.recipe import LOSSES
 from dist_train.reports.plots import COLOURS, accepted_length_histogram, as_svg, block_efficiency_bars, style
 from dist_train.reports.tables import results_markdown, results_tables
-from dist_train.runtime.process_group import cores
 from dist_train.runtime.run_folder import read_metrics
+from dist_train.runtime.world import cores
 
 TASK = "held-out"
 CAUTION = (

@@ -19,7 +19,8 @@ from dist_train.doctor.findings import Finding, render
 from dist_train.doctor.judge import Place
 from dist_train.doctor.roll_call import AbsentError, assembled, deadline, node_name
 from dist_train.errors import UserError
-from dist_train.runtime.process_group import Runtime, find_world, started
+from dist_train.runtime.process_group import Runtime, started
+from dist_train.runtime.world import find_world
 from dist_train.train.guard import lost_peer
 from dist_train.train.memory import available_gib
 

@@ -20,7 +20,8 @@ from data_shards import DataError
 from data_shards.files import write_atomically
 from dist_train import __version__
 from dist_train.doctor.judge import Disk
-from dist_train.runtime.process_group import Runtime, cores
+from dist_train.runtime.process_group import Runtime
+from dist_train.runtime.world import cores
 
 REPEATS = 7
 _REPEAT_SECONDS = 0.1  # of multiplying: longer than what interrupts a process

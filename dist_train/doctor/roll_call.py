@@ -14,7 +14,7 @@ from datetime import timedelta
 from typing import Any
 
 from data_shards.errors import first_line
-from dist_train.runtime.process_group import World
+from dist_train.runtime.world import World
 
 _MARGIN = 15.0  # seconds by which the others' patience exceeds that of rank 0, which tells them
 

@@ -22,12 +22,11 @@ from dist_train.config import ServedConfig, save_config
 from dist_train.errors import UserError
 from dist_train.evaluate.results import RESULTS, make_folder
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
-from dist_train.generate.asks import UNBENT
 from dist_train.models.load import read_target_config
 from dist_train.models.target_tokenizer import load_target_tokenizer, named_tokenizer
 from dist_train.reports.tables import interval, markdown, shares
 from dist_train.serving.http import Client, RefusedError
-from dist_train.serving.vllm_counters import NEEDED, PREFIX, Sample, counted_between, parse_counters
+from dist_train.serving.vllm import NEEDED, PREFIX, UNBENT, Sample, counted_between, parse_counters
 from dist_train.tokenizer import Tokenizer
 from dist_train.work.units import unit_seed
 

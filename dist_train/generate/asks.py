@@ -25,11 +25,6 @@ class Sampling(NamedTuple):
     max_new_tokens: int
 
 
-UNBENT = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
-"""vLLM's and SGLang's fields for what cuts or bends a distribution beside temperature and top-p, off: they otherwise
-take them from the model's generation configuration."""
-
-
 class Condition(NamedTuple):
     """How a seed is answered. top_p is None where it has no part in it: greedy."""
 

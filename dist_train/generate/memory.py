@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dist_train.config import GenerateConfig
-from dist_train.evaluate.memory import cached, parameters, render
 from dist_train.models.load import DTYPES, read_target_config
+from dist_train.models.sizes import cached, parameters, render
 from dist_train.models.target_tokenizer import load_target_tokenizer
 from dist_train.prompts.seeds import encode_seeds, read_all_seeds
 

@@ -15,8 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from dist_train.errors import UserError
-from dist_train.generate.asks import UNBENT, Answer, Ask, Sampling
+from dist_train.generate.asks import Answer, Ask, Sampling
 from dist_train.serving.http import Client, RefusedError
+from dist_train.serving.vllm import UNBENT
 from dist_train.tokenizer import Tokenizer
 
 _OTHER_TOKENIZER_SHARE = 0.5  # of answers whose text is not what their ids spell, above which it is another tokenizer

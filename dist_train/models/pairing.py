@@ -11,8 +11,8 @@ from dist_train.config.read import read_yaml
 from dist_train.errors import UserError
 from dist_train.models.drafter import find_model, read_drafter_config
 from dist_train.models.target_tokenizer import named_tokenizer
-from dist_train.runtime.process_group import tell_once
 from dist_train.runtime.run_folder import CONFIG, MANIFEST, run_of
+from dist_train.runtime.world import tell_once
 from dist_train.tokenizer import Tokenizer, load_tokenizer, piece_difference
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
 from dist_train.models.load import check_vocabulary, read_target_config
-from dist_train.runtime.process_group import tell_once
+from dist_train.runtime.world import tell_once
 from dist_train.tokenizer import PROBES, Tokenizer, differences, load_tokenizer, piece_difference
 
 

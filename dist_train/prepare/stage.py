@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import data_shards
-from data_shards import Encoded, Encoding, PrepareSummary, Rejected, ShardedTokens
-from data_shards.inputs import Record, dataset_files, find_files
+from data_shards import PrepareSummary, ShardedTokens
+from data_shards.inputs import dataset_files, find_files
 from data_shards.prepare import together
 from dist_train.config import PrepareConfig
 from dist_train.errors import UserError
+from dist_train.prepare.encoders import ChatEncoder, TextEncoder
 from dist_train.runtime.progress import Progress
-from dist_train.tokenizer import Tokenizer, load_tokenizer
-from dist_train.tokenizer.wordwise import Array
+from dist_train.tokenizer import load_tokenizer
 from dist_train.work.units import refuse_partial
 
 _FAULTS_SHOWN = 20
@@ -93,111 +90,6 @@ def _conclude(config: PrepareConfig, summary: PrepareSummary, ranks: int, second
         f"{config.out}",
         flush=True,
     )
-
-
-class TextEncoder:
-    """Records with a text field, as documents between BOS and EOS."""
-
-    has_mask = False
-
-    def __init__(self, tokenizer: Tokenizer, config: PrepareConfig) -> None:
-        self._tokenizer, self._field = tokenizer, config.text_field
-        self.fields: Sequence[str] = (config.text_field,)
-        self._before = [tokenizer.bos_id] if config.bos and tokenizer.bos_id is not None else []
-        self._after = [tokenizer.eos_id] if config.eos else []
-        self.encoding = Encoding(tokenizer.sha256, tokenizer.vocab_size, bool(self._before), config.eos)
-
-    def __call__(self, records: Sequence[Record]) -> Encoded:
-        """Encode; empty texts give no document."""
-        texts, rejected = [], []
-        for index, record in enumerate(records):
-            if problem := _problem(record, self._field):
-                rejected.append(Rejected(index, *problem))
-            else:
-                texts.append(record[self._field])
-        ids, lengths = self._tokenizer.encode_flat(texts)
-        return Encoded(*_enclosed(ids, lengths, self._before, self._after), None, rejected)
-
-
-def _enclosed(ids: Array, lengths: Array, before: Sequence[int], after: Sequence[int]) -> tuple[Array, Array]:
-    """Each document of `ids` between `before` and `after`, and the new lengths."""
-    extra = len(before) + len(after)
-    if not extra or not len(lengths):
-        return ids, lengths
-    starts = np.cumsum(lengths) - lengths + extra * np.arange(len(lengths))
-    enclosed = np.empty(len(ids) + extra * len(lengths), ids.dtype)
-    enclosed[np.arange(len(ids)) + np.repeat(extra * np.arange(len(lengths)) + len(before), lengths)] = ids
-    for place, special in enumerate(before):
-        enclosed[starts + place] = special
-    for place, special in enumerate(after, start=len(before)):
-        enclosed[starts + lengths + place] = special
-    return enclosed, lengths + extra
-
-
-class ChatEncoder:
-    """Records with a prompt and a response, or already with their ids; the response is what is trained on."""
-
-    has_mask = True
-
-    def __init__(self, tokenizer: Tokenizer, config: PrepareConfig) -> None:
-        self._tokenizer, self._prompt, self._response = tokenizer, config.prompt_field, config.response_field
-        self.fields: Sequence[str] = (config.prompt_field, config.response_field, *_ID_FIELDS)
-        # The chat template decides where BOS and EOS stand.
-        self.encoding = Encoding(tokenizer.sha256, tokenizer.vocab_size, bos=False, eos=False)
-
-    def __call__(self, records: Sequence[Record]) -> Encoded:
-        """Encode; a response that ends by itself ends with EOS."""
-        documents, masks, rejected = [], [], []
-        for index, record in enumerate(records):
-            if problem := self._problem(record):
-                rejected.append(Rejected(index, *problem))
-            else:
-                prompt, response = self._ids(record)
-                documents.append([*prompt, *response])
-                masks.append([0] * len(prompt) + [1] * len(response))
-        return Encoded(_flat(documents), _lengths(documents), _flat(masks), rejected)
-
-    def _problem(self, record: Record) -> tuple[str, str] | None:
-        if _has_ids(record):
-            return None if record["response_ids"] else ("empty", "no response")
-        return _problem(record, self._prompt) or _problem(record, self._response)
-
-    def _ids(self, record: Record) -> tuple[list[int], list[int]]:
-        if _has_ids(record):
-            return list(record["prompt_ids"]), list(record["response_ids"])
-        prompt = self._tokenizer.encode_prompt([{"role": "user", "content": record[self._prompt]}])
-        return prompt, [*self._tokenizer.encode(record[self._response]), self._tokenizer.eos_id]
-
-
-_ID_FIELDS = ("prompt_ids", "response_ids")  # what generate writes
-
-
-def _has_ids(record: Record) -> bool:
-    return all(name in record for name in _ID_FIELDS)
-
-
-def _problem(record: Record, field: str) -> tuple[str, str] | None:
-    """Kind and reason of a record without a usable text in `field`."""
-    text = record.get(field)
-    if not isinstance(text, str):
-        fields = ", ".join(record)
-        return "malformed", f"the record has no text in {field!r}; its fields are {fields} (set the field's name)"
-    if not text:
-        return "empty", f"no text in {field!r}"
-    if not text.isascii():
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            return "encoding", f"not Unicode: half a surrogate pair at character {error.start} of {field!r}"
-    return None
-
-
-def _flat(documents: Sequence[Sequence[int]]) -> Any:
-    return np.fromiter((i for document in documents for i in document), dtype=np.int64)
-
-
-def _lengths(documents: Sequence[Sequence[int]]) -> Any:
-    return np.array([len(document) for document in documents], dtype=np.int64)
 
 
 class _Bar:

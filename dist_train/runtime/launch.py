@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.errors import UserError
-from dist_train.runtime.process_group import cores, free_port
+from dist_train.runtime.world import cores, free_port
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 10.0

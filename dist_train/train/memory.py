@@ -13,7 +13,8 @@ from dist_train.errors import UserError
 from dist_train.losses import needs_target
 from dist_train.losses.linear import chunk_rows
 from dist_train.models.load import DTYPES, read_target_config
-from dist_train.runtime.process_group import Runtime, local_world_size
+from dist_train.runtime.process_group import Runtime
+from dist_train.runtime.world import local_world_size
 from dist_train.train.engine import deepspeed_config
 
 _GIB = 2**30

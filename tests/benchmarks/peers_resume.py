@@ -149,7 +149,7 @@ def _rank(name: str, task: Task, rank: int, ranks: int, port: int, results: Any)
 
 
 def _run(name: str, task: Task, ranks: int) -> tuple[float, Counter[bytes], Any]:
-    from dist_train.runtime.process_group import free_port
+    from dist_train.runtime.world import free_port
 
     context = multiprocessing.get_context("spawn")
     results, port = context.SimpleQueue(), free_port()

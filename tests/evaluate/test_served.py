@@ -16,7 +16,7 @@ import pytest
 
 from data_shards.files import read_json
 from dist_train.errors import UserError
-from dist_train.serving.vllm_counters import counted_between, parse_counters
+from dist_train.serving.vllm import counted_between, parse_counters
 
 GAMMA = 3
 METRICS = """\

@@ -73,8 +73,8 @@ def test_dry_run_estimates_memory(tiny, command, tmp_path):
     models = [AutoModelForCausalLM.from_pretrained(path) for path in (tiny.target, tiny.drafter, tiny.target)]
     expected = sum(4 * model.num_parameters() for model in models) / 2**30
     assert f"weights            {expected:8.2f} GiB" in said
-    from dist_train.evaluate.memory import cached, parameters
     from dist_train.models.kv_cache import as_argument
+    from dist_train.models.sizes import cached, parameters
 
     assert parameters(models[0].config) == models[0].num_parameters()
     seen = DynamicCache(config=models[0].config)

@@ -19,7 +19,7 @@ from generations import FAULTS, files, generation, rows
 from transformers import AutoModelForCausalLM
 
 from dist_train.generate.answers import read_origin
-from dist_train.runtime.process_group import free_port
+from dist_train.runtime.world import free_port
 from dist_train.serving.http import Client
 
 

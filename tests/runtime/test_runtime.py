@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from dist_train.errors import UserError
-from dist_train.runtime.process_group import find_world, started
+from dist_train.runtime.process_group import started
+from dist_train.runtime.world import find_world
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node0", "MASTER_PORT": "1234"}
 SRUN = {

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_train.runtime.process_group import free_port
+from dist_train.runtime.world import free_port
 
 BINARIES = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 SBIN = "/usr/sbin"

@@ -18,7 +18,7 @@ from dist_train.work.units import Units, refuse_partial
 WORKER = """
 import sys, time
 from pathlib import Path
-from dist_train import claims, units
+from dist_train.work import claims, units
 claims.LEASE_SECONDS = float(sys.argv[4])
 claims.Claims.__init__.__defaults__ = (float(sys.argv[4]),)
 class Alone:

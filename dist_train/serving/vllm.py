@@ -1,4 +1,4 @@
-"""vLLM's counters of speculative decoding, as Prometheus reads them, and what was counted between two readings."""
+"""vLLM: what its requests take beside OpenAI's fields, and its counters of speculative decoding."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from dist_train.errors import UserError
+
+UNBENT = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+"""vLLM's and SGLang's fields for what cuts or bends a distribution beside temperature and top-p, off: they otherwise
+take them from the model's generation configuration."""
 
 PREFIX = "vllm:spec_decode_num_"
 NEEDED = ("drafts", "draft_tokens", "accepted_tokens")
