@@ -11,13 +11,14 @@ import sys
 from collections.abc import Sequence
 
 from data_shards.errors import DataError
-from dist_train import __version__
+from dist_train.api.stages import STAGES
 from dist_train.cli.parser import BAD_INPUT, STOPPED, Parser
 from dist_train.cli.preflight import add_preflight
 from dist_train.cli.slurm import add_job, add_status, add_submit
-from dist_train.cli.stages import STAGES, add_stage
+from dist_train.cli.stages import add_stage
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
 from dist_train.errors import RankError, UserError
+from dist_train.runtime.version import __version__
 from dist_train.runtime.world import is_spokesman
 
 
@@ -56,7 +57,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add_demo(commands)
     add_tokenizer(commands)
-    for stage in STAGES:
+    for stage in STAGES.values():
         add_stage(commands, stage)
     add_submit(commands)
     add_status(commands)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
-    from dist_train.cli.stages import Stage
+    from dist_train.api.stages import Stage
 
 BAD_INPUT = 2
 STOPPED = 130  # as a shell has it of a process that SIGINT ended

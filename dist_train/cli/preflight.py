@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dist_train.api.stages import STAGES, Stage
 from dist_train.cli.parser import add, processes
-from dist_train.cli.stages import STAGES, Stage, load
 from dist_train.errors import UserError
 from dist_train.runtime.world import find_world
 
@@ -25,16 +25,12 @@ def add_preflight(commands: argparse._SubParsersAction) -> None:
     _add_plan(commands)
 
 
-def _stage(name: str) -> Stage:
-    return next(stage for stage in STAGES if stage.name == name)
-
-
 def _stage_of(words: list[str], given: str | None) -> Stage:
     """The stage that is named, or that the configuration's sections tell."""
     from dist_train.plan.shapes import stage_of
 
     path = Path(words[0]) if words and "=" not in words[0] else None
-    return _stage(given or stage_of(path, words[1:] if path else words))
+    return STAGES[given or stage_of(path, words[1:] if path else words)]
 
 
 # -- doctor -----------------------------------------------------------------------------------------------------
@@ -55,9 +51,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
         help="check this stage's tokenizer, target, data and folder as well",
     )
     parser.add_argument("--nproc", type=processes, metavar="N", help="start N processes on this machine")
-    parser.add_argument(
-        "--stage", choices=[stage.name for stage in STAGES if stage.name != "export"], help="of the configuration"
-    )
+    parser.add_argument("--stage", choices=[name for name in STAGES if name != "export"], help="of the configuration")
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="shared folder to try (default: where the run will write, or here)"
     )
@@ -70,14 +64,14 @@ def _run_doctor(options: argparse.Namespace) -> int:
     if options.wait <= 0:
         raise UserError(f"--wait {options.wait}: seconds, above 0")
     stage = _stage_of(options.words, options.stage) if options.words else None
-    config = load(stage, options.words) if stage else None
+    config = stage.read(options.words) if stage else None
     if options.nproc and options.nproc > 1:
         from dist_train.runtime.launch import launch
 
         named = {"--stage": stage.name if stage else None, "--folder": options.folder, "--wait": options.wait}
         flags = [f"{name}={value}" for name, value in named.items() if value is not None]
         return launch(["doctor", *flags, *options.words], options.nproc)
-    from dist_train.doctor import examine
+    from dist_train.doctor.examine import examine
 
     code = examine(stage.module if stage else None, config, options.folder, options.wait)
     if find_world().size > 1:
@@ -119,7 +113,7 @@ def _run_plan(options: argparse.Namespace) -> None:
     stage = _stage_of(options.words, options.stage)
     if stage.name not in _PLANNED:
         raise UserError(f"{stage.name} is not planned, {', '.join(_PLANNED)} are; --stage names one")
-    config = load(stage, options.words)
+    config = stage.read(options.words)
     machine = plan.Machine(plan.GPUS[options.gpu], options.gpus, options.gpus_per_node)
     if options.network is not None:
         machine = replace(machine, gpu=replace(machine.gpu, network=_above_0("--network", options.network) * 1e9))

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_train.api.stages import STAGES, Stage
 from dist_train.cli.parser import Parser, add, processes
-from dist_train.cli.stages import STAGES, Stage, load
 
 if TYPE_CHECKING:
     from dist_train.config import PipelineConfig, SlurmSection
     from dist_train.slurm.checks import Node
 
-_STAGES = {stage.name: stage for stage in STAGES if stage.name != "export"}
+_STAGES = {name: stage for name, stage in STAGES.items() if name != "export"}
 PIPELINE = "pipeline"
 
 # -- submit -----------------------------------------------------------------------------------------------------
@@ -71,7 +70,7 @@ def _run_submit(options: argparse.Namespace) -> None:
         _submit_pipeline(config, after, dry_run=options.dry_run)
         return
     stage = _STAGES[options.stage]
-    config = load(stage, options.words)
+    config = stage.read(options.words)
     _check(stage, config, resources, find_nodes(), waits=bool(after), only_tell=options.dry_run)
     _hand_over(stage, config, options.words, resources, after, dry_run=options.dry_run)
 
@@ -91,13 +90,13 @@ def _check(
         raise UserError(f"--array {resources.array}: only generate shares its work among independent jobs")
     job_environment(resources)
     full = with_defaults(stage.name, resources)
-    module = importlib.import_module(stage.module)
+    module = stage.load()
     if not waits:
         module.check(config)
     try:
         warnings = check_cluster(full, nodes) if nodes else []
         needed = module.checkpoints_bytes(config) if stage.trains and not waits else 0
-        warnings += check_disk(_folder(stage, config), needed)
+        warnings += check_disk(stage.folder(config), needed)
         gib = gpu_gib(full, nodes) if nodes and full.gpus_per_node else None
         if stage.trains and not waits and gib is not None and config.run.check_memory:
             from dist_train.train.memory import check_fit
@@ -125,7 +124,7 @@ def _hand_over(
         print(submit.describe(command, environment), end="")
         return f"<{stage.name}>"
     job = submit.submit(command, environment)
-    folder = _folder(stage, config)
+    folder = stage.folder(config)
     journal.note(folder, job, "submitted", stage=stage.name, after={k: v for k, v in after.items() if v})
     log = f"{stage.name}-{job}_0.log and so on" if stage.name == "generate" else f"{stage.name}-{job}.log"
     print(f"submitted {stage.name} as job {job}; squeue -j {job}; log {log}; dist-train status {folder}")
@@ -141,7 +140,7 @@ def _submit_pipeline(config: PipelineConfig, first: dict[str, str], *, dry_run: 
 
     stages = {name: _STAGES[section.stage or name] for name, section in config.stages.items()}
     configs = {name: pipeline.load_stage(name, config.stages[name], stages[name].config_class) for name in stages}
-    folders = {name: _folder(stages[name], configs[name]) for name in stages}
+    folders = {name: stages[name].folder(configs[name]) for name in stages}
     awaited = pipeline.check_wiring(config, configs, folders)
     nodes = find_nodes()
     for name in stages:
@@ -159,11 +158,6 @@ def _submit_pipeline(config: PipelineConfig, first: dict[str, str], *, dry_run: 
         jobs[name] = _hand_over(stages[name], configs[name], words, config.job(name), after, dry_run=dry_run)
     if not dry_run:
         print(f"watch: dist-train status {' '.join(map(str, folders.values()))}")
-
-
-def _folder(stage: Stage, config: Any) -> Path:
-    """Where the stage writes."""
-    return config.run.dir if stage.trains else config.out
 
 
 # -- status -----------------------------------------------------------------------------------------------------
@@ -209,8 +203,8 @@ def _run_job(options: argparse.Namespace) -> int:
     from dist_train.slurm.standing import standing
 
     stage = _STAGES[options.stage]
-    config = load(stage, [word for word in options.words if not word.startswith("--")])
-    folder = _folder(stage, config)
+    config = stage.read([word for word in options.words if not word.startswith("--")])
+    folder = stage.folder(config)
     now = standing(stage.name, folder, config.train.steps if stage.trains else None)
     job = journal.Job.here(os.environ)
     most = int(os.environ.get("DIST_TRAIN_MAX_FRUITLESS", journal.MAX_FRUITLESS))

@@ -3,111 +3,71 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import NamedTuple
 
+from dist_train.api.run import launch_stage
+from dist_train.api.stages import SERVED, Stage
 from dist_train.cli.parser import add, processes
 from dist_train.errors import UserError
 from dist_train.runtime.world import find_world
 
-if TYPE_CHECKING:
-    from dist_train.config import Section
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A command that reads a configuration: `module` has `check(config)`, quick, and `run(config)`, on every rank.
-
-    `run` returns nothing, or the exit code.
-
-    `alone`: by one process. `flags`: option to the override that it stands for, and its help; `{}` in it is where the
-    option's value goes.
-    """
-
-    name: str
-    summary: str
-    module: str
-    config: str
-    example: str
-    mpi: bool = False
-    trains: bool = False
-    alone: bool = False
-    flags: Mapping[str, tuple[str, str]] = field(default_factory=dict)
-
-    @property
-    def config_class(self) -> type[Section]:
-        """The configuration's class."""
-        from dist_train import config
-
-        return getattr(config, self.config)
-
-
 RESUME = {"--resume": ("run.resume=must", "an error if there is nothing to resume")}
 VERIFY = {"--verify": ("verify=true", "compare every byte of the corpus `out` with its checksums; make nothing")}
 CHECK = {"--check": ("check={}", "check the folder `drafter` against TARGET, a folder or hub id; write nothing")}
-STAGES = (
-    Stage(
-        "prepare",
+
+
+class Command(NamedTuple):
+    """What the command line says of a stage. `flags`: option to the override that it stands for, and its help; `{}` in
+    it is where the option's value goes.
+    """
+
+    summary: str
+    example: str
+    flags: Mapping[str, tuple[str, str]] = MappingProxyType({})
+
+
+COMMANDS = {
+    "prepare": Command(
         "tokenize text or conversations into shards",
-        "dist_train.prepare.stage",
-        "PrepareConfig",
         "dist-train prepare inputs='corpus/*.jsonl.zst' tokenizer=tokenizer.model out=shards/corpus --nproc 8",
-        mpi=True,
-        flags=VERIFY,
+        VERIFY,
     ),
-    Stage(
-        "pretrain",
+    "pretrain": Command(
         "train a drafter on a text corpus, with the target in the loop if one is named",
-        "dist_train.train.stage",
-        "PretrainConfig",
         "dist-train pretrain pretrain.yaml train.learning_rate=3e-4 --nproc 8",
-        trains=True,
-        flags=RESUME,
+        RESUME,
     ),
-    Stage(
-        "generate",
+    "generate": Command(
         "let the target answer seed instructions",
-        "dist_train.generate.stage",
-        "GenerateConfig",
         "dist-train generate target.path=meta-llama/Llama-2-7b-chat-hf seeds.inputs=oig.jsonl out=answers --nproc 8",
     ),
-    Stage(
-        "distill",
+    "distill": Command(
         "fine-tune a drafter against the target's distributions",
-        "dist_train.train.stage",
-        "DistillConfig",
         "dist-train distill distill.yaml objective='{tvdpp: 1.0}' --nproc 8",
-        trains=True,
-        flags=RESUME,
+        RESUME,
     ),
-    Stage(
-        "evaluate",
+    "evaluate": Command(
         "measure block efficiency, memory-bound speed-up and token rate",
-        "dist_train.evaluate.stage",
-        "EvaluateConfig",
         "dist-train evaluate target.path=llama-2-7b-chat drafters='{base: runs/pretrain, tvdpp: runs/tvdpp}' "
         "tasks='[{preset: dolly, inputs: dolly.jsonl}]' out=results",
     ),
-    Stage(
-        "export",
+    "export": Command(
         "write a drafter as a Hugging Face folder that servers load",
-        "dist_train.export.stage",
-        "ExportConfig",
         "dist-train export drafter=runs/tvdpp target.path=meta-llama/Llama-2-7b-chat-hf out=llama-2-7b-chat-drafter",
-        alone=True,
-        flags=CHECK,
+        CHECK,
     ),
-)
+}
 
 
 def add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
     """The command of a stage."""
-    parser = add(commands, stage.name, stage.summary, stage.example, _run_stage)
+    summary, example, flags = COMMANDS[stage.name]
+    parser = add(commands, stage.name, summary, example, _run_stage)
     parser.add_argument(
         "words",
         nargs="*",
@@ -118,7 +78,7 @@ def add_stage(commands: argparse._SubParsersAction, stage: Stage) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print configuration, world and memory estimate, check; stop"
     )
-    for flag, (override, text) in stage.flags.items():
+    for flag, (override, text) in flags.items():
         if "{}" in override:
             parser.add_argument(flag, dest="flags", action="append", type=override.format, metavar="TARGET", help=text)
         else:
@@ -163,7 +123,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     if options.server is not None:
         if not options.server:
             raise UserError("--server: needs the address of a server, such as http://node7:8000")
-        options.stage = replace(options.stage, module="dist_train.evaluate.served", config="ServedConfig", alone=True)
+        options.stage = SERVED
         options.words.append(f"server={options.server}")
     return _run_stage(options)
 
@@ -181,35 +141,24 @@ def end(code: int) -> int:
     return code
 
 
-def load(stage: Stage, words: Sequence[str]) -> Any:
-    """The configuration that a file, if the first word is one, and overrides give."""
-    from dist_train.config import load_config
-
-    named = words[:1] if words and "=" not in words[0] else []
-    return load_config(stage.config_class, Path(named[0]) if named else None, words[len(named) :])
-
-
 def _run_stage(options: argparse.Namespace) -> int:
-    from dist_train.config import dump_config
-
     stage: Stage = options.stage
     words = [*options.words, *(options.flags or [])]
-    config = load(stage, words)
-    module = importlib.import_module(stage.module)
     if options.dry_run:
-        world_size = options.nproc or find_world().size
-        print(dump_config(config), end="")
-        print(f"# world: {world_size} process(es)")
-        module.check(config)
-        if hasattr(module, "memory_report"):
-            print(module.memory_report(config, world_size))
-        return 0
+        return _dry_run(stage, words, options.nproc or find_world().size)
     if options.nproc and options.nproc > 1:
-        if stage.alone:
-            raise UserError(f"--nproc {options.nproc}: one process does this; leave it out")
-        from dist_train.runtime.launch import launch, launch_mpi
-
-        module.check(config)
-        return (launch_mpi if stage.mpi else launch)([stage.name, *words], options.nproc)
-    code: int = module.run(config) or 0
+        return launch_stage(stage, words, options.nproc)
+    code: int = stage.load().run(stage.read(words)) or 0
     return code if stage.mpi else end(code)
+
+
+def _dry_run(stage: Stage, words: Sequence[str], world_size: int) -> int:
+    from dist_train.config import dump_config
+
+    config, module = stage.read(words), stage.load()
+    print(dump_config(config), end="")
+    print(f"# world: {world_size} process(es)")
+    module.check(config)
+    if hasattr(module, "memory_report"):
+        print(module.memory_report(config, world_size))
+    return 0

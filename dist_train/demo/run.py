@@ -18,6 +18,8 @@ from typing import Any
 import yaml
 
 from data_shards.files import read_json, write_json
+from dist_train.api.run import launch_stage
+from dist_train.api.stages import STAGES
 from dist_train.demo.recipe import DRAFTER_SHAPE, LOSSES, SEQUENCE_LENGTH, TARGET_SHAPE, VOCAB_SIZE, Recipe
 from dist_train.errors import UserError
 
@@ -126,17 +128,11 @@ class Demo:
         }
 
     def stage(self, name: str, label: str, config: dict[str, Any], processes: int | None = None) -> None:
-        """Run a stage's command with a configuration that stays readable in `out/configs`."""
-        from dist_train.cli import main
-        from dist_train.runtime.launch import launch
-
+        """Run a stage, in processes of its own, with a configuration that stays readable in `out/configs`."""
         path = self.out / "configs" / f"{label}.yaml"
         path.parent.mkdir(exist_ok=True)
         path.write_text(yaml.safe_dump(config, sort_keys=False))
-        processes = processes or self.processes
-        # Never in this process: DeepSpeed keeps the groups of the training before.
-        command = [name, str(path)]
-        code = main([*command, "--nproc", str(processes)]) if processes > 1 else launch(command, 1)
+        code = launch_stage(STAGES[name], [str(path)], processes or self.processes)
         if code:
             sys.exit(code)
 

@@ -3,8 +3,3 @@
 `roll_call` finds the ranks that do not come, `measure` takes figures on each rank, `judge` makes findings of the
 gathered tables (pure functions), `inputs` looks at a stage's configuration, `examine` goes through all of it.
 """
-
-from dist_train.doctor.examine import examine
-from dist_train.doctor.findings import Finding
-
-__all__ = ["Finding", "examine"]

@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from data_shards import DataError
 from data_shards.files import write_atomically
-from dist_train import __version__
 from dist_train.doctor.judge import Disk
 from dist_train.runtime.process_group import Runtime
+from dist_train.runtime.version import __version__
 from dist_train.runtime.world import cores
 
 REPEATS = 7

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dist_train.runtime.callable_package import make_callable
+
 if TYPE_CHECKING:
     from dist_train.decoding.speculative import Generated, speculative_generate
 
@@ -15,3 +17,6 @@ def __getattr__(name: str) -> Any:
     from dist_train.decoding import speculative
 
     return getattr(speculative, name)
+
+
+make_callable(__name__)

@@ -10,11 +10,11 @@ import yaml
 
 from data_shards import DataError
 from data_shards.files import read_json
-from dist_train import __version__
 from dist_train.errors import UserError
 from dist_train.export.provenance import is_hub_id, public_name
 from dist_train.models.drafter import find_model
 from dist_train.reports.tables import results_markdown
+from dist_train.runtime.version import __version__
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dist_train import __version__
 from dist_train.config import ExportConfig, SeedsSection, TargetSection
 from dist_train.errors import UserError
 from dist_train.export.assisted import check_assisted_generation
@@ -21,6 +20,7 @@ from dist_train.models.pairing import refuse_other_pieces
 from dist_train.models.target_tokenizer import load_target_tokenizer
 from dist_train.prompts.seeds import encode_seeds, read_seeds, refuse_long
 from dist_train.runtime.process_group import quiet_libraries
+from dist_train.runtime.version import __version__
 from dist_train.tokenizer import load_tokenizer
 
 GGUF_FILE = "drafter.gguf"

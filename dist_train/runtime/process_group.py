@@ -140,7 +140,7 @@ def started() -> Iterator[Runtime]:
         yield Runtime(world, device)
     finally:
         if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+            deepspeed.comm.destroy_process_group()  # and DeepSpeed's own groups, so that another run can start here
         # What this process starts next has a place of its own.
         for name, value in before.items():
             os.environ.pop(name, None)

@@ -1,0 +1,1 @@
+"""The stages, callable from Python and from the command line: which there are, and how they are run."""

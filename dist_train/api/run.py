@@ -1,0 +1,47 @@
+"""Running a stage: in this process, or in several that are started here."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dist_train.api.stages import Stage, stage_of
+from dist_train.errors import UserError
+
+if TYPE_CHECKING:
+    from dist_train.config import Section
+
+
+def run(config: Section) -> int:
+    """Run the stage that `config` is of in this process, as a rank of its launcher's world, or alone.
+
+    Returns 0, or the exit code that the command line would have. Raises UserError or DataError for bad input.
+    """
+    return stage_of(config).load().run(config) or 0
+
+
+def launch(config: Section, processes: int) -> int:
+    """Run the stage that `config` is of in `processes` new processes on this machine.
+
+    Returns 0, or the first exit code that is another; what went wrong was printed by the process that met it. Raises
+    UserError or DataError for bad input, before any process starts.
+    """
+    from dist_train.config import save_config
+
+    with tempfile.TemporaryDirectory(prefix="dist-train-") as folder:
+        path = Path(folder) / "config.yaml"
+        save_config(config, path)
+        return launch_stage(stage_of(config), [str(path)], processes)
+
+
+def launch_stage(stage: Stage, words: Sequence[str], processes: int) -> int:
+    """`launch` for a configuration that is still in words: a file, then overrides."""
+    from dist_train.runtime.launch import launch, launch_mpi
+
+    if stage.alone and processes > 1:
+        raise UserError(f"--nproc {processes}: one process does this; leave it out")
+    stage.load().check(stage.read(words))
+    start = launch_mpi if stage.mpi and processes > 1 else launch
+    return start([stage.name, *words], processes)
