@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
 Precision = Literal["bf16", "fp32"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 
 
 def suggest(word: str, known: Sequence[str], prefix: str = "") -> str:
@@ -46,6 +47,9 @@ class TargetSection(Section):
     """zero3: keep the partitions in the host's memory"""
     trust_remote_code: bool = False
     """run model code that comes with the weights"""
+    attention: Attention = "auto"
+    """in training; auto: packed documents without masks, each by itself or all in one variable-length kernel, where the
+    model's family allows it; else as transformers names it"""
 
 
 class DatasetSection(Section):

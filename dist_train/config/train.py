@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from dist_train.config.base import Precision, Section, TargetSection, suggest
+from dist_train.config.base import Attention, Precision, Section, TargetSection, suggest
 
 LOSS_NAMES = ("kld", "rkl", "jsd", "tvd", "tvdpp", "lk", "ce")
 
@@ -45,6 +45,8 @@ class DrafterSection(Section):
     max_positions: PositiveInt | None = None
     """longest sequence it will serve"""
     tie_embeddings: bool | None = None
+    attention: Attention = "auto"
+    """as target.attention"""
 
 
 class SourceSection(Section):

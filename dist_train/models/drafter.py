@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.losses import Head
+from dist_train.models.attention import Documents, use_attention
 from dist_train.models.load import from_pretrained_whole
 from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
 
@@ -144,8 +145,16 @@ class FusedHead(nn.Linear):
 class TrainableDrafter(nn.Module):
     """A drafter whose forward pass ends in a loss rather than in logits; what the training engine holds."""
 
-    def __init__(self, model: PreTrainedModel, *, gradient_checkpointing: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        gradient_checkpointing: bool = False,
+        compiled: bool = False,
+        attention: str = "auto",
+    ) -> None:
         super().__init__()
+        use_attention(model, attention, "the drafter")
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear or getattr(model.config, "final_logit_softcapping", None):
             raise UserError(f"{model.config.model_type}: a drafter has a plain linear head; warm-start from another")
@@ -157,9 +166,21 @@ class TrainableDrafter(nn.Module):
                 block.compile()
         self.model = model
 
-    def forward(self, input_ids: Tensor, positions: Tensor, loss: Callable[[Tensor, Head], Result]) -> Result:
-        """What `loss(hidden [B, T, D], head)` returns; positions that begin anew keep documents apart."""
-        states = self.model.get_decoder()(input_ids=input_ids, position_ids=positions, use_cache=False)
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        loss: Callable[[Tensor, Head], Result],
+        documents: Documents | None = None,
+    ) -> Result:
+        """What `loss(hidden [B, T, D], head)` returns; positions that begin anew keep documents apart.
+
+        `documents`: where those begin, if the host knows.
+        """
+        documents = documents or Documents.of_device(positions)
+        decoder = self.model.get_decoder()
+        known = documents.arguments(decoder)
+        states = decoder(input_ids=input_ids, position_ids=positions, use_cache=False, **known)
         return self.model.get_output_embeddings()(states.last_hidden_state, loss)
 
     def shape(self) -> dict[str, Any]:

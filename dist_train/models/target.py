@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dist_train.errors import UserError
 from dist_train.losses import Head
+from dist_train.models.attention import Documents, use_attention
 from dist_train.models.load import (
     config_digest,
     large_blocks_returned,
@@ -53,6 +54,7 @@ class Target:
             model, self._group = load_tensor_parallel(section, runtime)
         else:
             model = load_causal_lm(section).to(runtime.device)
+        use_attention(model, section.attention, section.path)
         self._decoder = model.get_decoder()
         self.config = model.config.get_text_config()
         self.matrix_parameters = matrix_parameters(model)
@@ -81,24 +83,29 @@ class Target:
         return bool((found - expected).abs().max() <= self._tolerance * expected.abs().max().clamp_min(1))
 
     @torch.no_grad()
-    def __call__(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+    def __call__(self, input_ids: Tensor, positions: Tensor, documents: Documents | None = None) -> Tensor:
         """Final hidden states, after the last norm; positions that begin anew keep documents apart.
+
+        `documents`: where those begin, if the host knows.
 
         The ranks of a tensor-parallel group go through all their sequences together, and each takes its own.
         """
         if self._group is None:
-            return self._decode(input_ids, positions)
+            return self._decode(input_ids, positions, documents or Documents.of_device(positions))
         import torch.distributed as dist
 
         ranks = dist.get_world_size(self._group)
         both = torch.stack([input_ids, positions])  # [2, B, T]
         gathered = [torch.empty_like(both) for _ in range(ranks)]
         dist.all_gather(gathered, both.contiguous(), group=self._group)
-        states = self._decode(*torch.cat(gathered, 1))
+        input_ids, positions = torch.cat(gathered, 1)
+        states = self._decode(input_ids, positions, Documents.of_device(positions))
         return states.chunk(ranks)[dist.get_rank(self._group)]
 
-    def _decode(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        return self._decoder(input_ids=input_ids, position_ids=positions, use_cache=False).last_hidden_state
+    def _decode(self, input_ids: Tensor, positions: Tensor, documents: Documents) -> Tensor:
+        return self._decoder(
+            input_ids=input_ids, position_ids=positions, use_cache=False, **documents.arguments(self._decoder)
+        ).last_hidden_state
 
     def _check_head(self, expected: Tensor, section: TargetSection) -> None:
         """A family may do more to its logits than `Head` knows; then every divergence would be wrong."""

@@ -8,15 +8,17 @@ import torch
 from torch import Tensor
 
 from data_shards import Batch
+from dist_train.models.attention import Documents
 
 
 class DeviceBatch(NamedTuple):
-    """Each [B, T]: ids and labels int64, mask bool, positions int64."""
+    """Each [B, T]: ids and labels int64, mask bool, positions int64; and where the documents begin."""
 
     input_ids: Tensor
     labels: Tensor
     mask: Tensor
     positions: Tensor
+    documents: Documents
 
 
 def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
@@ -25,4 +27,4 @@ def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
     if device.type == "cuda":
         tensors = (tensor.pin_memory() for tensor in tensors)
     ids, labels, mask, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return DeviceBatch(ids, labels, mask.bool(), positions)
+    return DeviceBatch(ids, labels, mask.bool(), positions, Documents.of_host(batch.positions, device))

@@ -63,13 +63,13 @@ class HeldOut:
         """(name, sum, number of what was summed) of each figure of a micro-batch."""
         target = self.objective.target
         positions = int(batch.mask.sum())
-        states = target(batch.input_ids, batch.positions) if target else None
+        states = target(batch.input_ids, batch.positions, batch.documents) if target else None
         loss_function = self.objective.loss(batch.labels, batch.mask, states, max(positions, 1))
 
         def look(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
             return *loss_function(hidden, head), label_log_probs(hidden, head, batch.labels)
 
-        loss, statistics, log_p = drafter(batch.input_ids, batch.positions, look)
+        loss, statistics, log_p = drafter(batch.input_ids, batch.positions, look, batch.documents)
         yield "loss", float(loss) * positions, positions
         if target is None or states is None:
             return

@@ -95,10 +95,10 @@ class Training:
         totals = torch.zeros(1 + len(STATISTICS), dtype=torch.float64, device=self.runtime.device)
         for batch in batches:
             with self.phases("target"):
-                hidden = target(batch.input_ids, batch.positions) if target else None
+                hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
             with self.phases("drafter"):
                 loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
-                loss, statistics = engine(batch.input_ids, batch.positions, loss_function)
+                loss, statistics = engine(batch.input_ids, batch.positions, loss_function, batch.documents)
                 # The engine averages over micro-batches and ranks; this loss is already its share of the global mean.
                 engine.backward(loss * (len(batches) * self.runtime.world_size))
             totals += torch.cat([loss.detach().double()[None], statistics])
@@ -143,14 +143,14 @@ class Training:
 
     def _measure_mu(self, batches: list[DeviceBatch], num_positions: int) -> float:
         """TVD++'s mean reward over the global batch, before the first step, by a forward pass alone."""
-        objective = self.objective
+        objective, target = self.objective, self.objective.target
         objective.batch_mu = 0.5  # any value: only the statistics of this pass are used
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         with self.engine.module.evaluating():
             for batch in batches:
-                hidden = objective.target(batch.input_ids, batch.positions) if objective.target else None
+                hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
                 loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
-                _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function)
+                _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function, batch.documents)
                 total += statistics[STATISTICS.index("mu")]
         return float(self.runtime.sum(total)) / max(num_positions, 1)
 
@@ -212,4 +212,4 @@ class Training:
         batch = on_device(self.loader.first(), self.runtime.device)
         loss_function = self.objective.cross_entropy(batch.labels, batch.mask)
         with self.engine.module.evaluating():
-            return float(self.engine.module(batch.input_ids, batch.positions, loss_function))
+            return float(self.engine.module(batch.input_ids, batch.positions, loss_function, batch.documents))

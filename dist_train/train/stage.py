@@ -163,7 +163,10 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
     else:
         model = new_drafter(_shape(config, tokenizer), config.run.seed)
     drafter = TrainableDrafter(
-        model, gradient_checkpointing=config.train.gradient_checkpointing, compiled=config.train.compile
+        model,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        compiled=config.train.compile,
+        attention=config.drafter.attention,
     )
     engine = build_engine(drafter, config.train, runtime)
     objective = Objective(config.objective, config.loss, target)

@@ -124,6 +124,7 @@ class TestOnPolicy:
         from transformers import AutoModelForCausalLM
 
         from dist_train.config import OnPolicySection
+        from dist_train.models.attention import Documents
         from dist_train.models.drafter import TrainableDrafter
         from dist_train.train.batch import DeviceBatch
         from dist_train.train.on_policy import OnPolicy
@@ -132,7 +133,7 @@ class TestOnPolicy:
         tokens = torch.from_numpy(rng.integers(3, 320, (4, 25)))
         positions = torch.cat([torch.arange(9), torch.arange(15)]).expand(4, -1)
         mask = (positions >= 4) & (positions < 12)
-        batch = DeviceBatch(tokens[:, :-1], tokens[:, 1:], mask, positions)
+        batch = DeviceBatch(tokens[:, :-1], tokens[:, 1:], mask, positions, Documents.of_device(positions))
         drafter = TrainableDrafter(AutoModelForCausalLM.from_pretrained(tiny.drafter, dtype=torch.float32))
         return batch, OnPolicy(OnPolicySection(share=share, temperature=1e-4), seed=3).rewrite(drafter, batch, number)
 
