@@ -47,7 +47,7 @@ def divergence(
     if settings.z_loss:
         rows = rows + settings.z_loss * z.logsumexp(-1) ** 2
     count = len(rows) if num_positions is None else num_positions
-    sums = None if y is None else statistics(Distributions(z.detach(), y, None))
+    sums = None if y is None else torch.stack(statistics(Distributions(z.detach(), y, None))).sum(1)
     return make_output((rows.sum() / max(count, 1)).to(working_dtype(drafter_logits)), sums, len(rows))
 
 

@@ -1,7 +1,13 @@
-"""Softmax in fp32 without losing the digits that a difference of two distributions needs."""
+"""Softmax in fp32 without losing the digits that a difference of two distributions needs.
+
+What is wide, [N, V], stays in the logits' precision; fp64 is for columns, [N]. The same code runs eagerly and is traced
+for torch.compile (`traced`), which wants other forms in a few places: eagerly a pass over memory is what costs, and
+there passes are free while what is fused cannot be written twice.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,19 +34,14 @@ class Softmax:
     log_sum: Tensor
 
     @staticmethod
-    def of(logits: Tensor) -> Softmax:
-        """Of logits [N, V], which are left as they are."""
+    def of(logits: Tensor, row_sum: Callable[[Tensor], Tensor]) -> Softmax:
+        """Of logits [N, V], which are left as they are; `row_sum` adds up over the vocabulary."""
         largest, top = logits.max(-1, keepdim=True)
         shifted = (logits - largest).clamp_(min=LOWEST)
         p = shifted.exp()  # torch.softmax takes an exponential of fewer digits
-        total = p.sum(-1, keepdim=True, dtype=torch.float64)
-        p.div_(total.to(p.dtype))
-        return Softmax(logits, shifted, p, top, largest[:, 0].double(), total[:, 0].log())
-
-    @property
-    def entropy(self) -> Tensor:
-        """-sum p log p in nats, [N], fp64."""
-        return self.log_sum - row_sum(self.p * self.shifted)
+        total = row_sum(p)
+        p.div_(total.to(p.dtype)[:, None])
+        return Softmax(logits, shifted, p, top, largest[:, 0].double(), total.log())
 
     def log_p(self, origin: Tensor) -> Tensor:
         """log p - `origin` [N], fp64: [N, V], in the logits' precision with all its digits where it is near 0."""
@@ -59,12 +60,24 @@ class Distributions:
 
     Made from drafter logits `z` and target logits `y` (None where no loss compares), both [N, V], after their
     temperatures; `labels`: the tokens that came next, [N], or None. Sums over the vocabulary are [N] and fp64.
+    `traced`: for torch.compile.
     """
 
-    def __init__(self, z: Tensor, y: Tensor | None, labels: Tensor | None) -> None:
-        self.drafter, self.labels = Softmax.of(z), labels
+    def __init__(self, z: Tensor, y: Tensor | None, labels: Tensor | None, *, traced: bool = False) -> None:
+        self.traced, self.labels = traced, labels
+        self.drafter = Softmax.of(z, self.row_sum)
         self.p = self.drafter.p
-        self._target = None if y is None else Softmax.of(y)
+        self._target = None if y is None else Softmax.of(y, self.row_sum)
+
+    def row_sum(self, values: Tensor) -> Tensor:
+        """Sums over the vocabulary, [N], fp64: what they are added to or taken from may be nearly as large.
+
+        Added up in fp32, in many partial sums. Inductor's C++ keeps too few of them for that; there each lane adds up
+        in a register of fp64 instead.
+        """
+        if self.traced and values.device.type == "cpu":
+            return values.sum(-1, dtype=torch.float64)
+        return values.sum(-1).double()
 
     @property
     def has_target(self) -> bool:
@@ -103,24 +116,23 @@ class Distributions:
     @cached_property
     def tvd(self) -> Tensor:
         """Total variation, sum max(q - p, 0): no difference of nearly equal sums."""
-        return row_sum(self._surplus)
+        return self.row_sum(self._surplus)
 
     @cached_property
     def mu(self) -> Tensor:
         """The drafter's expected reward, sum p r."""
-        return row_sum(self.rewarded)
+        return self.row_sum(self.rewarded)
 
     @cached_property
     def one_minus_mu(self) -> Tensor:
         """sum p (1 - r)."""
-        return row_sum(self.unrewarded)
+        return self.row_sum(self.unrewarded)
 
     @property
     def acceptance(self) -> Tensor:
         """Probability that a drafted token is accepted, sum min(p, q)."""
-        return row_sum(torch.minimum(self.p, self.q))
+        return self.row_sum(torch.minimum(self.p, self.q))
 
-
-def row_sum(values: Tensor) -> Tensor:
-    """Sums over the vocabulary, [N], fp64: what they are added to or taken from may be nearly as large."""
-    return values.sum(-1).double()
+    def entropy(self, of: Softmax) -> Tensor:
+        """-sum p log p in nats of either, [N]."""
+        return of.log_sum - self.row_sum(of.p * of.shifted)

@@ -25,33 +25,31 @@ class Head:
         bias = None if self.bias is None else self.bias.detach()[:vocab_size]
         return replace(self, weight=self.weight.detach()[:vocab_size], bias=bias)
 
+    @property
+    def finish(self) -> Finish:
+        """What comes after the product."""
+        return Finish(self.scale, self.softcap)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits in fp32 (fp64 for fp64 input), [..., V], of `hidden` [..., D]; the product is in the head's dtype."""
-        return self.finished(self.raw(hidden))
+        raw = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        return self.finish.finished(raw)
 
-    def raw(self, hidden: Tensor) -> Tensor:
-        """`hidden @ weight.T + bias` in the head's dtype."""
-        return torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
 
-    def space(self, rows: int) -> Tensor:
-        """Room for the raw logits of so many rows, [R, V]."""
-        return self.weight.new_empty(rows, len(self.weight))
+@dataclass(frozen=True)
+class Finish:
+    """From a head's raw product, `hidden @ weight.T + bias`, to its logits, and back."""
 
-    def raw_into(self, space: Tensor, hidden: Tensor) -> None:
-        """`raw` of `hidden` [R, D], into `space` [R, V]; outside of the autograd graph."""
-        hidden = hidden.to(self.weight.dtype)
-        if self.bias is None:
-            torch.mm(hidden, self.weight.T, out=space)
-        else:
-            torch.addmm(self.bias, hidden, self.weight.T, out=space)
+    scale: float
+    softcap: float | None
 
     def finished(self, raw: Tensor) -> Tensor:
-        """From `raw`'s product to logits; the same tensor where nothing is left to do."""
+        """Logits in fp32 or fp64; the same tensor where nothing is left to do."""
         logits = raw.to(working_dtype(raw)) * self.scale if self.scale != 1.0 else raw.to(working_dtype(raw))
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def raw_gradient(self, gradient: Tensor, logits: Tensor) -> Tensor:
-        """The gradient at `hidden @ weight.T + bias` for a gradient at the logits, both [..., V]."""
+        """The gradient at the raw product for a gradient at the logits, both [..., V]."""
         if self.softcap is not None:
             gradient = gradient * (1 - (logits / self.softcap) ** 2)
         return gradient * self.scale if self.scale != 1.0 else gradient

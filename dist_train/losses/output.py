@@ -42,23 +42,22 @@ class DivergenceOutput:
     positions: int
 
 
-def statistics(d: Distributions) -> Tensor:
-    """Sums over N positions of what STATISTICS names, fp64: half a million terms of fp32 would lose digits."""
+def statistics(d: Distributions) -> list[Tensor]:
+    """What STATISTICS names, each [N], fp64: half a million terms of fp32 would lose digits when they are added up."""
     drafted = d.drafter.top
-    columns = (
+    return [
         d.acceptance,
-        d.q.gather(1, drafted)[:, 0],
-        (drafted == d.target.top)[:, 0],
+        d.q.gather(1, drafted)[:, 0].double(),
+        (drafted == d.target.top)[:, 0].double(),
         d.mu,
         d.tvd,
-        d.drafter.entropy,
-        d.target.entropy,
-    )
-    return torch.stack([column.double().sum() for column in columns])
+        d.entropy(d.drafter),
+        d.entropy(d.target),
+    ]
 
 
 def make_output(loss: Tensor, sums: Tensor | None, positions: int) -> DivergenceOutput:
     """From the sums of the statistics (None: no target) to their means."""
-    means = torch.full((len(STATISTICS),), torch.nan) if sums is None else sums / max(positions, 1)
-    named = dict(zip(STATISTICS, means.to(loss.device, loss.dtype).unbind(), strict=True))
+    means = loss.new_full((len(STATISTICS),), torch.nan) if sums is None else sums / max(positions, 1)
+    named = dict(zip(STATISTICS, means.detach().to(loss.dtype).unbind(), strict=True))
     return DivergenceOutput(loss=loss, positions=positions, **named)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dist_train.losses.distributions import LOWEST, Distributions, row_sum
+from dist_train.losses.distributions import LOWEST, Distributions
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def needs_target(terms: Mapping[str, float]) -> bool:
 def kld(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     """Forward KL, sum q log(q/p); gradient p - q."""
     ratio = (d.target.shifted - d.drafter.shifted).mul_(d.q)
-    return unbounded(row_sum(ratio) + d.drafter.log_sum - d.target.log_sum), d.p - d.q
+    return unbounded(d.row_sum(ratio) + d.drafter.log_sum - d.target.log_sum), d.p - d.q
 
 
 def rkl(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
@@ -82,9 +82,8 @@ def rkl(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     """
     origin = d.target.log_p_of(d.drafter.top)
     ratio = d.drafter.shifted - d.target.log_p(origin)
-    mean = (d.p * ratio).sum(-1, keepdim=True)
-    value = mean[:, 0].double() - d.drafter.log_sum - origin
-    return unbounded(value), ratio.sub_(mean).mul_(d.p)
+    mean = d.row_sum(d.p * ratio)
+    return unbounded(mean - d.drafter.log_sum - origin), ratio.sub_(mean.to(ratio.dtype)[:, None]).mul_(d.p)
 
 
 def jsd(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
@@ -93,11 +92,11 @@ def jsd(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     The derivative of the mixture cancels, which leaves g = (1-beta) log(p/m).
     """
     beta = options.beta
-    target_side = row_sum(_log_share(d.q, d.p, 1 - beta).mul_(d.q))
+    target_side = d.row_sum(_log_share(d.q, d.p, 1 - beta).mul_(d.q))
     ratio = _log_share(d.p, d.q, beta)
-    mean = (d.p * ratio).sum(-1, keepdim=True)
-    value = beta * target_side + (1 - beta) * mean[:, 0].double()
-    return value, ratio.sub_(mean).mul_(d.p).mul_(1 - beta)
+    mean = d.row_sum(d.p * ratio)
+    value = beta * target_side + (1 - beta) * mean
+    return value, ratio.sub_(mean.to(ratio.dtype)[:, None]).mul_(d.p).mul_(1 - beta)
 
 
 def _log_share(a: Tensor, b: Tensor, weight: float) -> Tensor:
@@ -163,11 +162,11 @@ def lk(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     log_p, log_q = d.drafter.log_p(origin), d.target.log_p(origin)
     rewarded = (log_q - log_p).sign_().clamp_(min=0)
     lesser = torch.minimum(log_p, log_q).exp_()
-    total = lesser.sum(-1, keepdim=True, dtype=torch.float64)
+    total = d.row_sum(lesser)
     total.clamp_(min=torch.finfo(lesser.dtype).tiny)  # nothing in common: the loss is inf, its gradient 0
-    rewarded.mul_(lesser.div_(total.to(lesser.dtype)))
-    gradient = (d.p * rewarded.sum(-1, keepdim=True)).sub_(rewarded)
-    return unbounded(-origin - total[:, 0].log()), gradient
+    rewarded.mul_(lesser.div_(total.to(lesser.dtype)[:, None]))
+    gradient = (d.p * d.row_sum(rewarded).to(d.p.dtype)[:, None]).sub_(rewarded)
+    return unbounded(-origin - total.log()), gradient
 
 
 def ce(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
@@ -175,8 +174,11 @@ def ce(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     if d.labels is None:
         raise ValueError("ce needs labels")
     labels = d.labels[:, None]
-    gradient = d.p.clone()
-    gradient.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=d.p.dtype))
+    if d.traced:  # what is scattered would be written to memory twice
+        gradient = d.p - (torch.arange(d.p.shape[1], device=labels.device) == labels).to(d.p.dtype)
+    else:
+        gradient = d.p.clone()
+        gradient.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=d.p.dtype))
     return unbounded(d.drafter.log_sum - d.drafter.shifted.gather(1, labels)[:, 0].double()), gradient
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import TrainConfig
 from dist_train.losses import STATISTICS, Head
-from dist_train.losses.linear import affordable_rows
+from dist_train.losses.sizes import affordable_rows
 from dist_train.models.drafter import TrainableDrafter
 from dist_train.runtime.process_group import Runtime
 from dist_train.train.batch import DeviceBatch, on_device

@@ -11,7 +11,7 @@ import torch
 from dist_train.config import TargetSection, TrainConfig
 from dist_train.errors import UserError
 from dist_train.losses import needs_target
-from dist_train.losses.linear import chunk_rows
+from dist_train.losses.sizes import chunk_rows
 from dist_train.models.load import DTYPES, read_target_config
 from dist_train.runtime.process_group import Runtime
 from dist_train.runtime.world import local_world_size
