@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,19 +13,23 @@ from dist_train.models.attention import Documents
 
 
 class DeviceBatch(NamedTuple):
-    """Each [B, T]: ids and labels int64, mask bool, positions int64; and where the documents begin."""
+    """Each [B, T]: ids and labels int64, mask bool, positions int64. `documents`: where they begin; `unmasked`: the
+    number of positions that are trained, which the host knows.
+    """
 
     input_ids: Tensor
     labels: Tensor
     mask: Tensor
     positions: Tensor
     documents: Documents
+    unmasked: int
 
 
 def on_device(batch: Batch, device: torch.device) -> DeviceBatch:
     """The arrays of a micro-batch as tensors; copied while the host goes on, where there is a GPU."""
-    tensors = (torch.from_numpy(array) for array in batch)
+    tensors = (torch.from_numpy(np.ascontiguousarray(array)) for array in batch)
     if device.type == "cuda":
         tensors = (tensor.pin_memory() for tensor in tensors)
     ids, labels, mask, positions = (tensor.to(device, non_blocking=True) for tensor in tensors)
-    return DeviceBatch(ids, labels, mask.bool(), positions, Documents.of_host(batch.positions, device))
+    documents = Documents.of_host(batch.positions, device)
+    return DeviceBatch(ids, labels, mask.bool(), positions, documents, int(batch.mask.sum()))

@@ -62,7 +62,22 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     }
     _decide(configuration, decided, path)
     _decide(configuration.setdefault("bf16", {}), {"enabled": train.precision == "bf16"}, path)
+    if own_clipping(train, zero.get("stage", 0)) is not None:
+        configuration["gradient_clipping"] = 0.0
+        configuration["bf16"]["check_grad_overflow"] = False
+    # It would wait for the device around each step.
+    configuration.setdefault("timers", {"throughput": {"enabled": False}})
     return dict(configuration)
+
+
+def own_clipping(train: TrainSection, stage: int) -> float | None:
+    """The largest gradient norm where `StepControl` clips, without the host; None where that is left to DeepSpeed.
+
+    DeepSpeed's ZeRO 3 steps a part of the weights at a time, and its bf16 without ZeRO parameter by parameter.
+    """
+    if stage in (1, 2) or (stage == 0 and train.precision == "fp32"):
+        return train.gradient_clip
+    return None
 
 
 def _decide(node: dict[str, Any], decided: dict[str, Any], path: Path) -> None:

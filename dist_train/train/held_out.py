@@ -62,9 +62,9 @@ class HeldOut:
     def _figures(self, drafter: TrainableDrafter, batch: DeviceBatch) -> Iterator[tuple[str, float, float]]:
         """(name, sum, number of what was summed) of each figure of a micro-batch."""
         target = self.objective.target
-        positions = int(batch.mask.sum())
+        positions = batch.unmasked
         states = target(batch.input_ids, batch.positions, batch.documents) if target else None
-        loss_function = self.objective.loss(batch.labels, batch.mask, states, max(positions, 1))
+        loss_function = self.objective.loss(batch, states, max(positions, 1))
 
         def look(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
             return *loss_function(hidden, head), label_log_probs(hidden, head, batch.labels)

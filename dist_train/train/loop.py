@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import time
+import gc
+from collections import deque
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data_shards import TokenLoader
 from dist_train.config import TrainConfig
@@ -16,15 +19,19 @@ from dist_train.losses import STATISTICS
 from dist_train.runtime.process_group import Runtime
 from dist_train.train.batch import DeviceBatch, on_device
 from dist_train.train.checkpoint import Checkpoints
-from dist_train.train.guard import LossGuard, StepControl, StopSignal, Watchdog
+from dist_train.train.guard import StopSignal, Watchdog
 from dist_train.train.held_out import HeldOut
+from dist_train.train.left_out import LossGuard, StepControl
 from dist_train.train.metrics import Metrics
 from dist_train.train.objective import Objective
 from dist_train.train.on_policy import OnPolicy
+from dist_train.train.outcome import Outcome
 from dist_train.train.schedule import learning_rate
 from dist_train.train.state import DrafterState
 from dist_train.train.timing import Phases
 
+_SIGNS = ("stopping", "writers_done", "lost")
+"""What ranks tell each other with the figures of a step: asked to stop, checkpoint written, run folder lost."""
 _PROBE_TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}
 
 
@@ -54,50 +61,58 @@ class Training:
         return self.step * self.config.train.global_batch * self.config.data.sequence_length
 
     def fit(self) -> bool:
-        """Train to the last step, or to the first step boundary after a stop signal; True when it is finished."""
+        """Train to the last step, or to a step boundary soon after a stop signal; True when it is finished.
+
+        What a step gave is read while the next one is under way, and at once where something is to be done with it.
+        """
         last_step = self.config.train.steps
         with ExitStack() as stack:
             stop = stack.enter_context(StopSignal())
             watchdog = stack.enter_context(Watchdog(self.config.run.hang_timeout, self.runtime.rank))
             trace_step = stack.enter_context(self.metrics.profiler(self.step))
+            gc.freeze()  # what was built until now is not looked through again and again
+            stack.callback(gc.unfreeze)
+            outcomes: deque[Outcome] = deque()
             stopping = False
             while self.step < last_step and not stopping:
-                began = time.monotonic()
-                with self.phases("data_wait"):
-                    batches = [on_device(batch, self.runtime.device) for batch in next(self.loader)]
-                figures, stopping = self._optimizer_step(batches, stop)
+                with self.phases("step"):
+                    with self.phases("data_wait"):
+                        batches = [on_device(batch, self.runtime.device) for batch in next(self.loader)]
+                    values = self._optimizer_step(batches, stop)
                 self.step += 1
-                figures |= self.metrics.pace(self.phases.read(), time.monotonic() - began)
+                known = {"progress/tokens": self.tokens, "train/lr": learning_rate(self.step - 1, self.config.train)}
+                outcomes.append(Outcome(self.step, known, values, self.phases.take()))
                 if self.held_out is not None and self.held_out.due(self.step, last_step):
-                    figures |= self.held_out.measure(self.engine.module)
-                self.metrics.log(self.step, {**figures, "progress/tokens": self.tokens})
-                if stopping or self.checkpoints.due(self.step, last_step):
+                    known |= self.held_out.measure(self.engine.module)
+                is_due = self.checkpoints.due(self.step, last_step)
+                stopping = self._read(outcomes, but=0 if is_due else 1)
+                if stopping or is_due:
+                    stopping |= self._read(outcomes, but=0)
                     self.save()
                 watchdog.beat(self.step)
                 trace_step()
             self.checkpoints.commit()
         return self.step == last_step
 
-    def _optimizer_step(self, batches: list[DeviceBatch], stop: StopSignal) -> tuple[dict[str, float], bool]:
-        """One optimizer step over this rank's micro-batches: its figures, and whether any rank was asked to stop."""
+    def _optimizer_step(self, batches: list[DeviceBatch], stop: StopSignal) -> dict[str, Tensor]:
+        """One optimizer step over this rank's micro-batches: what came of it, on the device; see `_read`."""
         engine, objective, target = self.engine, self.objective, self.objective.target
         if self.on_policy is not None and self.on_policy.due(self.step):
             with self.phases("on_policy"):
                 first = self.step * self.config.train.global_batch + self.runtime.rank * len(batches)
                 batches = [self.on_policy.rewrite(engine.module, b, first + i) for i, b in enumerate(batches)]
-        num_positions = int(self.runtime.sum(torch.stack([batch.mask.sum() for batch in batches]).sum()))
+        num_positions = self.runtime.sum(self._on_device([sum(batch.unmasked for batch in batches)]))[0]
         if objective.needs_batch_mu and objective.batch_mu is None:
             objective.observe(self._measure_mu(batches, num_positions))
-        rate = learning_rate(self.step, self.config.train)
         for group in engine.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate(self.step, self.config.train)
 
         totals = torch.zeros(1 + len(STATISTICS), dtype=torch.float64, device=self.runtime.device)
         for batch in batches:
             with self.phases("target"):
                 hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
             with self.phases("drafter"):
-                loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
+                loss_function = objective.loss(batch, hidden, num_positions)
                 loss, statistics = engine(batch.input_ids, batch.positions, loss_function, batch.documents)
                 # The engine averages over micro-batches and ranks; this loss is already its share of the global mean.
                 engine.backward(loss * (len(batches) * self.runtime.world_size))
@@ -105,54 +120,72 @@ class Training:
             if batch is not batches[-1]:
                 engine.step()
         with self.phases("communication"):  # and the wait for the slowest rank
-            (loss_sum, *sums), stopping = self._agree(totals, stop)
-        self.control.skip, self.control.applied = self.guard.must_skip(loss_sum), False
+            signs = [stop.received, self.checkpoints.written, self.runtime.is_first and self.checkpoints.lease.lost]
+            loss_sum, *sums = self.runtime.sum(torch.cat([totals, self._on_device(signs)]))
+        leave_out, spike = self.guard.judge(loss_sum)
+        self.control.begin(leave_out)
         with self.phases("optimizer"):
             engine.step()
 
-        self.guard.count(applied=self.control.applied, loss=loss_sum, step=self.step + 1, samples=self._samples())
-        figures = {"train/loss": loss_sum, "train/lr": rate, "train/skipped": self.guard.skipped}
-        figures["train/spikes"] = self.guard.spikes
-        norm = engine.get_global_grad_norm()
+        means = {name: value / num_positions.clamp_min(1) for name, value in zip(STATISTICS, sums, strict=False)}
+        values = dict(zip(_SIGNS, sums[len(STATISTICS) :], strict=True))
+        values |= {"train/loss": loss_sum, "spike": spike, "left_out": self.control.left_out}
+        norm = engine.get_global_grad_norm() if self.control.norm is None else self.control.norm
         if norm is not None:
-            figures["train/grad_norm"] = float(norm)
+            values["train/grad_norm"] = torch.as_tensor(norm)
         if target:
-            means = {name: value / max(num_positions, 1) for name, value in zip(STATISTICS, sums, strict=True)}
             objective.observe(means.pop("mu"))
-            figures |= {f"train/{name}": value for name, value in means.items()}
-        return figures, stopping
+            values |= {f"train/{name}": value for name, value in means.items()}
+        return values
 
-    def _agree(self, totals: torch.Tensor, stop: StopSignal) -> tuple[list[float], bool]:
-        """The sums of `totals` over all ranks, and whether any was told to stop; commits a checkpoint that all wrote.
+    def _read(self, outcomes: deque[Outcome], but: int) -> bool:
+        """Log what came of all steps `but` the newest ones; True when any rank was told to stop.
 
-        Raises UserError, on all ranks, when another process has taken over the run.
+        Commits a checkpoint that all ranks have written. Raises UserError, on all ranks, when another process has taken
+        over the run, and when too many steps on end were left out.
         """
-        lease, written = self.checkpoints.lease, self.checkpoints.written
-        signs = [stop.received, written, self.runtime.is_first and lease.lost]
-        together = torch.cat([totals, torch.tensor(signs, dtype=totals.dtype, device=totals.device)])
-        *sums, stopping, writers_done, lost = self.runtime.sum(together).tolist()
-        if lost:
-            raise UserError(lease.complaint())
-        if writers_done == self.runtime.world_size:
-            self.checkpoints.commit()
-        return sums, stopping > 0
+        stopping = False
+        while len(outcomes) > but:
+            outcome = outcomes.popleft()
+            values = outcome.read()
+            told, writers_done, lost = (values.pop(name) for name in _SIGNS)
+            if lost:
+                raise UserError(self.checkpoints.lease.complaint())
+            if writers_done == self.runtime.world_size:
+                self.checkpoints.commit()
+            stopping |= told > 0
+            left_out, spike = bool(values.pop("left_out")), bool(values.pop("spike"))
+            loss, samples = values["train/loss"], self._samples(outcome.step)
+            self.guard.count(applied=not left_out, spike=spike, loss=loss, step=outcome.step, samples=samples)
+            counts = {"train/skipped": float(self.guard.skipped), "train/spikes": float(self.guard.spikes)}
+            pace = self.metrics.pace(self.phases.seconds(outcome.marks))
+            self.metrics.log(outcome.step, {**values, **outcome.known, **counts, **pace})
+        return stopping
 
-    def _samples(self) -> str:
-        first = self.step * self.config.train.global_batch
+    def _samples(self, step: int) -> str:
+        """Those of step `step`, counted from 1."""
+        first = (step - 1) * self.config.train.global_batch
         return f"samples {first} to {first + self.config.train.global_batch - 1} of the order"
 
-    def _measure_mu(self, batches: list[DeviceBatch], num_positions: int) -> float:
+    def _on_device(self, numbers: Sequence[float]) -> Tensor:
+        """A few numbers of the host, fp64; it does not wait for them to arrive."""
+        values = torch.tensor(numbers, dtype=torch.float64)
+        if self.runtime.device.type == "cuda":
+            values = values.pin_memory()
+        return values.to(self.runtime.device, non_blocking=True)
+
+    def _measure_mu(self, batches: list[DeviceBatch], num_positions: Tensor) -> Tensor:
         """TVD++'s mean reward over the global batch, before the first step, by a forward pass alone."""
         objective, target = self.objective, self.objective.target
-        objective.batch_mu = 0.5  # any value: only the statistics of this pass are used
+        objective.observe(self._on_device([0.5])[0])  # any value: only the statistics of this pass are used
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         with self.engine.module.evaluating():
             for batch in batches:
                 hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
-                loss_function = objective.loss(batch.labels, batch.mask, hidden, num_positions)
+                loss_function = objective.loss(batch, hidden, num_positions)
                 _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function, batch.documents)
                 total += statistics[STATISTICS.index("mu")]
-        return float(self.runtime.sum(total)) / max(num_positions, 1)
+        return self.runtime.sum(total) / num_positions.clamp_min(1)
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 
@@ -210,6 +243,6 @@ class Training:
     def probe(self) -> float:
         """Cross-entropy of the drafter on the first sequence of the run, the same one on every rank."""
         batch = on_device(self.loader.first(), self.runtime.device)
-        loss_function = self.objective.cross_entropy(batch.labels, batch.mask)
+        loss_function = self.objective.cross_entropy(batch)
         with self.engine.module.evaluating():
             return float(self.engine.module(batch.input_ids, batch.positions, loss_function, batch.documents))

@@ -82,9 +82,9 @@ class Metrics:
         shown = {"loss": "train/loss", "acceptance": "train/acceptance", "tokens/s": "perf/tokens_per_s"}
         self._bar.update(step, **{name: figures[tag] for name, tag in shown.items() if tag in figures})
 
-    def pace(self, phases: dict[str, float], seconds: float) -> dict[str, float]:
-        """`perf/...` of a step of so many seconds: throughput, and the share of each phase."""
-        work = self._throughput
+    def pace(self, phases: dict[str, float]) -> dict[str, float]:
+        """`perf/...` of a step by the seconds of its phases, and of "step", the whole: throughput, and their shares."""
+        work, seconds = self._throughput, phases.pop("step")
         figures = {"perf/tokens_per_s": work.tokens / seconds}
         if work.peak_flops is not None:
             figures["perf/mfu"] = work.flops / seconds / work.peak_flops

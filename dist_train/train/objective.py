@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_train.config import LossSection
 from dist_train.losses import STATISTICS, Head, linear_divergence
 from dist_train.models.target import Target
+from dist_train.train.batch import DeviceBatch
 
 LossFunction = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
 
@@ -26,9 +27,9 @@ class Objective:
     def __init__(self, terms: dict[str, float], loss: LossSection, target: Target | None) -> None:
         self.terms, self.target = terms, target
         self.needs_batch_mu = "tvdpp" in terms and loss.tvdpp_normalize == "batch"
-        self.batch_mu: float | None = None
+        self.batch_mu: Tensor | None = None
         self._chunk_size = loss.chunk_size
-        self._options = {
+        self._options: dict[str, Any] = {
             "normalize": loss.tvdpp_normalize,
             "clamp": loss.tvdpp_clamp,
             "beta": loss.jsd_beta,
@@ -38,12 +39,12 @@ class Objective:
             "target_temperature": loss.target_temperature,
         }
 
-    def loss(self, labels: Tensor, mask: Tensor, target_hidden: Tensor | None, num_positions: int) -> LossFunction:
+    def loss(self, batch: DeviceBatch, target_hidden: Tensor | None, num_positions: int | Tensor) -> LossFunction:
         """The loss of one micro-batch as a function of the drafter's hidden states and head.
 
-        `labels`, `mask` [B, T], `target_hidden` [B, T, E]; `num_positions` counts the unmasked positions of the whole
-        global batch, so that the sum over micro-batches and ranks is the mean over it. The function returns the loss
-        and, for logging, sums of STATISTICS over this rank's unmasked positions, [len(STATISTICS)].
+        `target_hidden` [B, T, E]; `num_positions` counts the unmasked positions of the whole global batch, so that the
+        sum over micro-batches and ranks is the mean over it. The function returns the loss and, for logging, sums of
+        STATISTICS over this rank's unmasked positions, [len(STATISTICS)].
         """
 
         def loss_function(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
@@ -53,10 +54,11 @@ class Objective:
                 head,
                 target_hidden,
                 self.target.head if self.target else None,
-                mask,
+                batch.mask,
                 self._chunk_size,
-                labels=labels,
+                labels=batch.labels,
                 num_positions=num_positions,
+                unmasked=batch.unmasked,
                 batch_mu=self.batch_mu,
                 **self._options,
             )
@@ -65,23 +67,26 @@ class Objective:
 
         return loss_function
 
-    def cross_entropy(self, labels: Tensor, mask: Tensor) -> Callable[[Tensor, Head], Tensor]:
+    def cross_entropy(self, batch: DeviceBatch) -> Callable[[Tensor, Head], Tensor]:
         """The mean cross-entropy of a batch alone, whatever the objective."""
 
         def loss_function(hidden: Tensor, head: Head) -> Tensor:
-            return linear_divergence("ce", hidden, head, None, None, mask, self._chunk_size, labels=labels).loss
+            return linear_divergence(
+                "ce", hidden, head, None, None, batch.mask, self._chunk_size, labels=batch.labels
+            ).loss
 
         return loss_function
 
-    def observe(self, mu: float) -> None:
+    def observe(self, mu: Tensor) -> None:
         """Remember the mean reward of the global batch that was just stepped on."""
         if self.needs_batch_mu:
             self.batch_mu = mu
 
     def state_dict(self) -> dict[str, Any]:
         """What the next step's loss depends on."""
-        return {"batch_mu": self.batch_mu}
+        return {"batch_mu": None if self.batch_mu is None else float(self.batch_mu)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a saved memory."""
-        self.batch_mu = state["batch_mu"]
+        mu = state["batch_mu"]
+        self.batch_mu = None if mu is None else torch.tensor(mu, dtype=torch.float64)

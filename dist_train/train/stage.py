@@ -22,10 +22,11 @@ from dist_train.runtime.process_group import Runtime, set_seed, started
 from dist_train.runtime.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
 from dist_train.tokenizer import Tokenizer
 from dist_train.train.checkpoint import Checkpoints
-from dist_train.train.engine import build_engine, deepspeed_config
-from dist_train.train.guard import LossGuard, StepControl, lost_peer
+from dist_train.train.engine import build_engine, deepspeed_config, own_clipping, zero_stage
+from dist_train.train.guard import lost_peer
 from dist_train.train.held_out import HeldOut
 from dist_train.train.lease import Lease
+from dist_train.train.left_out import LossGuard, StepControl
 from dist_train.train.loop import Training
 from dist_train.train.metrics import Metrics, rank_log_file
 from dist_train.train.objective import Objective
@@ -176,13 +177,15 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
         runtime=runtime,
         engine=engine,
         drafter=DrafterState(engine, model, has_ema=config.train.ema_decay is not None),
-        control=StepControl(engine, config.train.ema_decay),
+        control=StepControl(
+            engine, own_clipping(config.train, zero_stage(engine)), config.train.ema_decay, runtime.device
+        ),
         loader=_loader(config, runtime.rank, runtime.world_size),
         objective=objective,
         tokenizer=tokenizer.sha256,
         on_policy=OnPolicy(config.on_policy, config.run.seed) if config.on_policy.share else None,
         held_out=HeldOut(config, runtime, objective) if config.held_out else None,
-        guard=LossGuard(config.train.max_skipped, skip_spikes=config.train.skip_spikes),
+        guard=LossGuard(config.train.max_skipped, skip_spikes=config.train.skip_spikes, device=runtime.device),
         checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime, lease),
         metrics=Metrics(config.run.dir, _name(config), config.train.steps, config.log, runtime, work),
         phases=Phases(runtime.device),

@@ -19,12 +19,16 @@ from dist_train.runtime.process_group import Runtime
 _PEAKS = {"H200": 989.0, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "A100": 312.0, "B200": 2250.0}
 
 
+Mark = tuple[str, Any, Any]
+"""A phase, and when it began and ended: seconds, or events on a GPU."""
+
+
 class Phases:
     """Seconds of a step by phase. On a GPU events are recorded, and read when the step is over: nothing waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._marks: list[tuple[str, Any, Any]] = []
+        self._marks: list[Mark] = []
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -33,15 +37,17 @@ class Phases:
         yield
         self._marks.append((name, began, self._now()))
 
-    def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last reading."""
-        seconds: dict[str, float] = defaultdict(float)
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        for name, began, ended in self._marks:
-            seconds[name] += began.elapsed_time(ended) / 1000 if self._on_gpu else ended - began
-        self._marks.clear()
-        return seconds
+    def take(self) -> list[Mark]:
+        """What was marked since the last call, for `seconds`."""
+        marks, self._marks = self._marks, []
+        return marks
+
+    def seconds(self, marks: list[Mark]) -> dict[str, float]:
+        """Seconds of each phase of a step that is over on the device."""
+        found: dict[str, float] = defaultdict(float)
+        for name, began, ended in marks:
+            found[name] += began.elapsed_time(ended) / 1000 if self._on_gpu else ended - began
+        return found
 
     def _now(self) -> Any:
         if not self._on_gpu:

@@ -155,7 +155,8 @@ def test_a_deepspeed_file_of_ones_own_cannot_contradict_the_run(tmp_path):
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     filled = deepspeed_config(train, world_size=2)
     assert filled["train_micro_batch_size_per_gpu"] == filled["gradient_accumulation_steps"] == 2
-    assert filled["gradient_clipping"] == 1.0 and filled["bf16"] == {"enabled": True}
+    assert filled["gradient_clipping"] == 0.0  # done beside AdamW, without DeepSpeed's look at the norm
+    assert filled["bf16"] == {"enabled": True, "check_grad_overflow": False}
     for content, message in (
         ([], "not a DeepSpeed configuration"),
         ({"zero_optimization": {"stage": 7}}, "stage of 0 to 3"),

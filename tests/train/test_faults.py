@@ -14,8 +14,8 @@ from runs import STAGE, distillation, figures, losses, patched, run_by, weights
 NOT_FINITE = """
 import torch
 inner = loop.Objective.loss
-def loss(self, labels, mask, hidden, count):
-    function = inner(self, labels, mask, hidden, count)
+def loss(self, batch, hidden, count):
+    function = inner(self, batch, hidden, count)
     def changed(states, head):
         value, statistics = function(states, head)
         value = value * {value} if training.step in {steps} and states.requires_grad else value

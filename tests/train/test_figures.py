@@ -90,33 +90,35 @@ def test_operations_are_those_that_torch_counts():
 
 class TestLossGuard:
     def guard(self, **options):
-        from dist_train.train.guard import LossGuard
+        from dist_train.train.left_out import LossGuard
 
-        return LossGuard(max_skipped=3, **{"skip_spikes": False, **options})
+        return LossGuard(max_skipped=3, device=torch.device("cpu"), **{"skip_spikes": False, **options})
+
+    def judged(self, guard, loss):
+        """Whether the step is left out, and whether its loss is a spike."""
+        return tuple(bool(verdict) for verdict in guard.judge(torch.tensor(float(loss), dtype=torch.float64)))
 
     def test_a_spike_is_told_and_left_out_only_if_asked(self):
         rng = np.random.default_rng(0)
         for skip in (False, True):
             guard = self.guard(skip_spikes=skip)
-            assert not any(guard.must_skip(2 + 0.1 * loss) for loss in rng.standard_normal(100))
-            assert guard.spikes == 0
-            assert guard.must_skip(4.0) is skip
-            assert guard.spikes == 1
+            assert {self.judged(guard, 2 + 0.1 * loss) for loss in rng.standard_normal(100)} == {(False, False)}
+            assert self.judged(guard, 4.0) == (skip, True)
 
     def test_it_goes_on_as_if_not_interrupted(self):
         first, second = self.guard(skip_spikes=True), self.guard(skip_spikes=True)
         for loss in np.linspace(3, 2, 60):
-            first.must_skip(float(loss))
+            self.judged(first, loss)
         second.load_state_dict(first.state_dict())
         for loss in (2.1, 9.0, 2.0, math.nan):
-            assert first.must_skip(loss) == second.must_skip(loss)
+            assert self.judged(first, loss) == self.judged(second, loss)
 
     def test_steps_left_out_one_after_the_other_end_the_run(self):
         guard = self.guard()
         for step, applied in enumerate([False, False, True, False, False], start=1):
-            guard.count(applied=applied, loss=math.nan, step=step, samples="samples 0 to 7 of the order")
+            guard.count(applied=applied, spike=False, loss=math.nan, step=step, samples="samples 0 to 7 of the order")
         with pytest.raises(UserError, match="step 6: the gradient is not finite, as the 3th step on end"):
-            guard.count(applied=False, loss=2.0, step=6, samples="samples 40 to 47 of the order")
+            guard.count(applied=False, spike=False, loss=2.0, step=6, samples="samples 40 to 47 of the order")
 
 
 class TestOnPolicy:
@@ -133,7 +135,9 @@ class TestOnPolicy:
         tokens = torch.from_numpy(rng.integers(3, 320, (4, 25)))
         positions = torch.cat([torch.arange(9), torch.arange(15)]).expand(4, -1)
         mask = (positions >= 4) & (positions < 12)
-        batch = DeviceBatch(tokens[:, :-1], tokens[:, 1:], mask, positions, Documents.of_device(positions))
+        batch = DeviceBatch(
+            tokens[:, :-1], tokens[:, 1:], mask, positions, Documents.of_device(positions), int(mask.sum())
+        )
         drafter = TrainableDrafter(AutoModelForCausalLM.from_pretrained(tiny.drafter, dtype=torch.float32))
         return batch, OnPolicy(OnPolicySection(share=share, temperature=1e-4), seed=3).rewrite(drafter, batch, number)
 
