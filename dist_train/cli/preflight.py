@@ -67,10 +67,12 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
+    from dist_train.config import resolve_precision
+
     if options.wait <= 0:
         raise UserError(f"--wait {options.wait}: seconds, above 0")
     stage = _stage_of(options.words, options.stage) if options.words else None
-    config = load(stage, options.words) if stage else None
+    config = resolve_precision(load(stage, options.words)) if stage else None
     if options.nproc and options.nproc > 1:
         from dist_train.runtime.launch import launch
 
@@ -115,11 +117,12 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 def _run_plan(options: argparse.Namespace) -> None:
     from dist_train import plan
+    from dist_train.config import resolve_precision
 
     stage = _stage_of(options.words, options.stage)
     if stage.name not in _PLANNED:
         raise UserError(f"{stage.name} is not planned, {', '.join(_PLANNED)} are; --stage names one")
-    config = load(stage, options.words)
+    config = resolve_precision(load(stage, options.words), "bf16")  # all these GPUs are fast at it
     machine = plan.Machine(plan.GPUS[options.gpu], options.gpus, options.gpus_per_node)
     if options.network is not None:
         machine = replace(machine, gpu=replace(machine.gpu, network=_above_0("--network", options.network) * 1e9))

@@ -190,11 +190,11 @@ def load(stage: Stage, words: Sequence[str]) -> Any:
 
 
 def _run_stage(options: argparse.Namespace) -> int:
-    from dist_train.config import dump_config
+    from dist_train.config import dump_config, resolve_precision
 
     stage: Stage = options.stage
     words = [*options.words, *(options.flags or [])]
-    config = load(stage, words)
+    config = resolve_precision(load(stage, words))
     module = importlib.import_module(stage.module)
     if options.dry_run:
         world_size = options.nproc or find_world().size
