@@ -117,12 +117,11 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 def _run_plan(options: argparse.Namespace) -> None:
     from dist_train import plan
-    from dist_train.config import resolve_precision
 
     stage = _stage_of(options.words, options.stage)
     if stage.name not in _PLANNED:
         raise UserError(f"{stage.name} is not planned, {', '.join(_PLANNED)} are; --stage names one")
-    config = resolve_precision(load(stage, options.words), "bf16")  # all these GPUs are fast at it
+    config = load(stage, options.words)
     machine = plan.Machine(plan.GPUS[options.gpu], options.gpus, options.gpus_per_node)
     if options.network is not None:
         machine = replace(machine, gpu=replace(machine.gpu, network=_above_0("--network", options.network) * 1e9))
