@@ -23,7 +23,7 @@ from dist_train.errors import RankError, UserError
 from dist_train.runtime.progress import heartbeat
 from dist_train.runtime.world import is_spokesman
 
-_SHORT = ("job",)  # a batch script reads what it prints
+_SHORT = ("submit", "status", "plan", "job")  # what they print is read by others, a script or a table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
