@@ -43,17 +43,20 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 class Encoding:
     """How text became ids: stored in the index, compared by readers.
 
-    `tokenizer` is the sha256 of the tokenizer's file, `bos` and `eos` say whether each document begins and ends so.
+    `tokenizer` is the sha256 of the tokenizer's file, `bos` and `eos` say whether each document begins and ends so;
+    `separator` is the id at its end where that is another than EOS.
     """
 
     tokenizer: str
     vocab_size: int
     bos: bool = True
     eos: bool = True
+    separator: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """As stored in the index."""
-        return {"tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "bos": self.bos, "eos": self.eos}
+        stored = {"tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "bos": self.bos, "eos": self.eos}
+        return stored if self.separator is None else {**stored, "separator": self.separator}
 
 
 class ShardFiles:

@@ -19,7 +19,9 @@ def run(config: Section) -> int:
 
     Returns 0, or the exit code that the command line would have. Raises UserError or DataError for bad input.
     """
-    return stage_of(config).load().run(config) or 0
+    from dist_train.config import resolve_precision
+
+    return stage_of(config).load().run(resolve_precision(config)) or 0
 
 
 def launch(config: Section, processes: int) -> int:
@@ -38,10 +40,11 @@ def launch(config: Section, processes: int) -> int:
 
 def launch_stage(stage: Stage, words: Sequence[str], processes: int) -> int:
     """`launch` for a configuration that is still in words: a file, then overrides."""
+    from dist_train.config import resolve_precision
     from dist_train.runtime.launch import launch, launch_mpi
 
     if stage.alone and processes > 1:
         raise UserError(f"--nproc {processes}: one process does this; leave it out")
-    stage.load().check(stage.read(words))
+    stage.load().check(resolve_precision(stage.read(words)))
     start = launch_mpi if stage.mpi and processes > 1 else launch
     return start([stage.name, *words], processes)

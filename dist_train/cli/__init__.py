@@ -5,10 +5,12 @@ Imports of torch and its kind happen inside the stages, so that help and error m
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from data_shards.errors import DataError
 from dist_train.api.stages import STAGES
@@ -18,8 +20,11 @@ from dist_train.cli.slurm import add_job, add_status, add_submit
 from dist_train.cli.stages import add_stage
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
 from dist_train.errors import RankError, UserError
+from dist_train.runtime.progress import heartbeat
 from dist_train.runtime.version import __version__
 from dist_train.runtime.world import is_spokesman
+
+_SHORT = ("submit", "status", "plan", "job")  # what they print is read by others, a script or a table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}; see dist-train {options.command} --help")
     options.words = [*getattr(options, "words", []), *rest]
     try:
-        return options.function(options) or 0
+        with heartbeat(_label(options)) if options.command not in _SHORT else nullcontext():
+            return options.function(options) or 0
     except (UserError, DataError) as error:
         _tell(f"dist-train {options.command}: {error}", every=isinstance(error, RankError))
         return getattr(error, "exit_code", BAD_INPUT)
@@ -39,6 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # --nproc passes on what its terminal has sent to all
         _tell(f"dist-train {options.command}: {'; '.join(['stopped', *stop.args])}")
         os._exit(STOPPED)  # the interpreter's end would wait for threads that are at work
+
+
+def _label(options: argparse.Namespace) -> str:
+    """What its lines begin with: what a dry run prints is a configuration or a script, in which they are comments."""
+    return f"{'# ' if getattr(options, 'dry_run', False) else ''}{options.command}"
 
 
 def _tell(line: str, *, every: bool = False) -> None:

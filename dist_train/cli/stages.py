@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from dist_train.api.run import launch_stage
+from dist_train.api.run import launch_stage, run
 from dist_train.api.stages import SERVED, Stage
 from dist_train.cli.parser import add, processes
 from dist_train.errors import UserError
@@ -148,14 +148,14 @@ def _run_stage(options: argparse.Namespace) -> int:
         return _dry_run(stage, words, options.nproc or find_world().size)
     if options.nproc and options.nproc > 1:
         return launch_stage(stage, words, options.nproc)
-    code: int = stage.load().run(stage.read(words)) or 0
+    code = run(stage.read(words))
     return code if stage.mpi else end(code)
 
 
 def _dry_run(stage: Stage, words: Sequence[str], world_size: int) -> int:
-    from dist_train.config import dump_config
+    from dist_train.config import dump_config, resolve_precision
 
-    config, module = stage.read(words), stage.load()
+    config, module = resolve_precision(stage.read(words)), stage.load()
     print(dump_config(config), end="")
     print(f"# world: {world_size} process(es)")
     module.check(config)

@@ -8,6 +8,7 @@ from dist_train.config.base import Section, SeedsSection, TargetSection
 from dist_train.config.evaluate import EvaluateConfig, ServedConfig, TaskSection, TokenRateSection
 from dist_train.config.export import ExportConfig
 from dist_train.config.generate import GenerateConfig
+from dist_train.config.precision import resolve_precision
 from dist_train.config.prepare import PrepareConfig
 from dist_train.config.read import describe, dump_config, load_config, save_config
 from dist_train.config.slurm import PipelineConfig, PipelineStage, SlurmSection
@@ -59,5 +60,6 @@ __all__ = [
     "describe",
     "dump_config",
     "load_config",
+    "resolve_precision",
     "save_config",
 ]

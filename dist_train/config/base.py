@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
+ConfigType = TypeVar("ConfigType", bound="Section")
 
 
 def suggest(word: str, known: Sequence[str], prefix: str = "") -> str:
@@ -37,7 +38,8 @@ class TargetSection(Section):
     path: str
     """Hugging Face folder or hub id"""
     revision: str | None = None
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
+    """auto: bf16 where the device multiplies it, else fp32"""
     sharding: Literal["replicate", "zero3", "tp"] = "replicate"
     """replicate: every rank holds it whole; zero3: DeepSpeed partitions it over all ranks; tp: groups of tp_size ranks
     hold it tensor-parallel"""

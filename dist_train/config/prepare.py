@@ -43,10 +43,11 @@ class PrepareConfig(Section):
     prompt_field: str = "prompt"
     response_field: str = "response"
     """prompt_ids and response_ids, where a record has them (what generate writes), go before the texts"""
-    bos: bool = True
-    """begin each text document with BOS"""
-    eos: bool = True
-    """end each text document with EOS"""
+    bos: bool | None = None
+    """begin each text document with BOS; null: where the tokenizer itself puts one before a text"""
+    eos: bool | None = None
+    """end each text document with EOS; null: with what ends a text in the target's own pretraining, which is
+    <|endoftext|> or <|end_of_text|> where the tokenizer has one beside an EOS that ends a turn of a chat, else EOS"""
     sequence_length: PositiveInt = 2048
     """tokens per sequence into which conversations are packed"""
     shard_bytes: PositiveInt = 64 << 20

@@ -6,15 +6,13 @@ import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from dist_train.config.base import Section, suggest
+from dist_train.config.base import ConfigType, Section, suggest
 from dist_train.errors import UserError
-
-ConfigType = TypeVar("ConfigType", bound=Section)
 
 
 def load_config(kind: type[ConfigType], path: Path | None, overrides: Sequence[str] = ()) -> ConfigType:

@@ -119,7 +119,8 @@ class TrainSection(Section):
     epsilon: float = Field(default=1e-8, gt=0)
     gradient_clip: float = Field(default=1.0, ge=0)
     """largest gradient norm; 0: no clipping"""
-    precision: Precision = "bf16"
+    precision: Precision = "auto"
+    """auto: bf16 where the device multiplies it, else fp32"""
     deepspeed: str = "zero1"
     """name in ds_configs or path of a DeepSpeed JSON"""
     gradient_checkpointing: bool = False

@@ -5,7 +5,6 @@ method's effect. A tenth of the steps of anything real; the report says so.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 SEQUENCE_LENGTH = 256
@@ -15,8 +14,6 @@ LOSSES = ("kld", "tvd", "tvdpp")
 TARGET_SHAPE: dict[str, Any] = {"hidden_size": 256, "layers": 3, "heads": 4, "mlp_size": 688, "max_positions": 1024}
 DRAFTER_SHAPE: dict[str, Any] = {"hidden_size": 64, "layers": 1, "heads": 2, "mlp_size": 176, "max_positions": 1024}
 
-_CPUINFO = Path("/proc/cpuinfo")
-
 
 @dataclass(frozen=True)
 class Recipe:
@@ -24,16 +21,6 @@ class Recipe:
 
     scale: float = 1.0
     processes: int = 2
-
-    @property
-    def precision(self) -> str:
-        """bf16 where the hardware multiplies it; elsewhere it would be slower than fp32."""
-        import torch
-
-        if torch.cuda.is_available():
-            return "bf16"
-        flags = _CPUINFO.read_text() if _CPUINFO.exists() else ""
-        return "bf16" if "avx512_bf16" in flags or "amx_bf16" in flags else "fp32"
 
     def steps(self, full: int) -> int:
         """Optimizer steps of a training that has `full` of them at scale 1."""
@@ -63,6 +50,5 @@ class Recipe:
             "micro_batch": micro_batch,
             "learning_rate": learning_rate,
             "warmup_steps": steps // 20,
-            "precision": self.precision,
             "deepspeed": "zero1",
         }

@@ -143,9 +143,10 @@ class Demo:
         """The tokenizer's folder: the target's own where a target was given."""
         return self.target or str(self.out / "tokenizer")
 
-    def target_section(self, precision: str) -> dict[str, Any]:
+    @property
+    def target_section(self) -> dict[str, Any]:
         """The target as stages read it."""
-        return {"path": self.target or str(self.out / "target"), "precision": precision}
+        return {"path": self.target or str(self.out / "target")}
 
     def data(self, *sources: tuple[str, float]) -> dict[str, Any]:
         """A `data` section from names of prepared corpora and weights."""
@@ -236,13 +237,13 @@ class Demo:
             "checkpoint": {"every": 100},
         }
         if self.target is not None:
-            config["target"] = self.target_section(self.recipe.precision)  # only its vocabulary is used
+            config["target"] = self.target_section  # only its vocabulary is used
         self.stage("pretrain", "base", config)
 
     def generate_answers(self) -> None:
         """Every seed at four temperatures, then packed for training."""
         config = {
-            "target": self.target_section(self.recipe.precision),
+            "target": self.target_section,
             "seeds": {"inputs": str(self.out / "corpus" / "seeds.train.jsonl"), "limit": self.recipe.count(400)},
             "out": str(self.out / "answers"),
             "max_new_tokens": 128,
@@ -259,7 +260,7 @@ class Demo:
                 "run": {"dir": str(self.out / "runs" / loss), "seed": 2},
                 "tokenizer": self.tokenizer,
                 "drafter": {"init_from": str(self.out / "runs" / "base")},
-                "target": self.target_section(self.recipe.precision),
+                "target": self.target_section,
                 # The paper mixes distillation and pretraining data 9 to 1.
                 "data": self.data(("answers", 9.0), ("text", 1.0)),
                 "objective": {loss: 1.0},
@@ -273,7 +274,7 @@ class Demo:
     def evaluate(self) -> None:
         """Base and distilled drafters on held-out prompts."""
         config = {
-            "target": self.target_section("bf16" if self.target else "fp32"),
+            "target": self.target_section,
             "tokenizer": self.tokenizer,
             "drafters": {name: str(self.out / "runs" / name) for name in ("base", *LOSSES)},
             "tasks": [
@@ -297,7 +298,7 @@ class Demo:
             "drafter": str(self.out / "runs" / best),
             "tokenizer": self.tokenizer,
             "out": str(self.out / "drafter"),
-            "target": self.target_section("fp32"),
+            "target": self.target_section,
             "prompts": {"inputs": str(self.out / "corpus" / "seeds.heldout.jsonl"), "limit": 8},
         }
         print(f"export: the best is {best}", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -107,3 +108,14 @@ def accepted_shares(histogram: Sequence[int]) -> list[float]:
     """Share of all blocks whose k-th draft was accepted, k = 1 to gamma: what servers count per position."""
     reached = np.cumsum(histogram[::-1])[::-1]
     return [float(now / reached[0]) for now in reached[1:]]
+
+
+def token_rates(rounds: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+    """Tokens/s of each case and its ratio to the first, plain decoding, from seconds per token: [rounds, cases].
+
+    The ratio is the median over rounds of the two times of a round, which what slowed that round slowed alike; the rate
+    is that ratio times the plain rate's median. So rates rank as ratios do; medians of each alone need not.
+    """
+    plain = statistics.median(1 / seconds[0] for seconds in rounds)
+    ratios = [statistics.median(seconds[0] / seconds[case] for seconds in rounds) for case in range(len(rounds[0]))]
+    return [{"tokens_per_s": plain * ratio, "speed_up": ratio} for ratio in ratios]

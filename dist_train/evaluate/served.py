@@ -25,6 +25,8 @@ from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.models.load import read_target_config
 from dist_train.models.target_tokenizer import load_target_tokenizer, named_tokenizer
 from dist_train.reports.tables import interval, markdown, shares
+from dist_train.runtime.interrupts import one_interrupt, results
+from dist_train.runtime.progress import phase
 from dist_train.serving.http import Client, RefusedError
 from dist_train.serving.vllm import NEEDED, PREFIX, UNBENT, Sample, counted_between, parse_counters
 from dist_train.tokenizer import Tokenizer
@@ -76,6 +78,10 @@ class Server:
             return self._complete(request)
         except UserError as error:
             raise UserError(self._client.give_up(str(error))) from error
+
+    def hang_up(self) -> None:
+        """End all requests that are under way."""
+        self._client.give_up("stopped")
 
     def _complete(self, request: dict[str, Any]) -> int:
         try:
@@ -178,9 +184,10 @@ def _measure(
     before, began = server.counters(), time.monotonic()
     pool = ThreadPoolExecutor(config.concurrency)
     try:
-        tokens = sum(pool.map(server.complete, requests))
+        with one_interrupt(server.hang_up), phase(f"{len(requests):,} prompts of task {name}"):
+            tokens = sum(results([pool.submit(server.complete, request) for request in requests]))
     finally:
-        pool.shutdown(wait=False)  # Ctrl-C does not wait for answers
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for answers
     seconds = time.monotonic() - began
     counted = counted_between(before, server.counters())
     if not counted.drafts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from data_shards.errors import DataError
 from data_shards.files import read_json, write_json
 from dist_train.config import EvaluateConfig, save_config
 from dist_train.errors import UserError
+from dist_train.evaluate.measures import token_rates
 from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
@@ -21,7 +21,7 @@ from dist_train.models.pairing import check_drafter
 from dist_train.models.target import load_decoder, weights_digest
 from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
 from dist_train.runtime.process_group import Runtime, started
-from dist_train.runtime.progress import Progress
+from dist_train.runtime.progress import Progress, phase
 from dist_train.tokenizer import Tokenizer
 from dist_train.work.units import Units, refuse_other_plan, unit_seed
 
@@ -49,6 +49,7 @@ def run(config: EvaluateConfig) -> None:
     """Evaluate every drafter under every condition; on every rank."""
     check(config)
     with started() as runtime:
+        config = runtime.first(config)  # precision is what rank 0's device is fast at
         tokenizer = load_target_tokenizer(config.target, config.tokenizer)
         tasks = load_prompts(config, tokenizer)
         cells = _cells(config, tasks)
@@ -60,22 +61,26 @@ def run(config: EvaluateConfig) -> None:
         ]
         models = _Models(config, runtime, tokenizer)
         units = Units(config.out / UNITS, _plan(config, tasks), len(works), ".json", runtime)
-        digests = runtime.everywhere(models.digests)
+        with phase("loading the models"):
+            digests = runtime.everywhere(models.digests)
         units.begin(digests)
 
         def make(unit: int, path: Path) -> None:
             cell, chosen = works[unit]
             write_json(path, models.decode(cell, tasks[cell.task], chosen))
 
-        with Progress("evaluate", len(works), "unit", enabled=runtime.is_first) as bar:
+        done = len(works) - len(runtime.agree(units.missing))
+        with Progress("evaluate", len(works), "unit", first=done, enabled=runtime.is_first, look=units.done) as bar:
             units.run(make, bar.update)
         if runtime.is_first:
             found: dict[Cell, dict[str, list[Any]]] = {cell: {"blocks": [], "lengths": []} for cell in cells}
             for unit, (cell, _) in enumerate(works):
                 for key, values in _read_unit(units.path(unit)).items():
                     found[cell][key] += values
-            results = gather(config, tasks, found, models.parameters(), _identity(config, digests["target"]))
-            results["token_rate"] = _token_rate(config, models, tasks)
+            with phase("resampling prompts"):
+                results = gather(config, tasks, found, models.parameters(), _identity(config, digests["target"]))
+            with phase("measuring token rates"):
+                results["token_rate"] = _token_rate(config, models, tasks)
             save_config(config, config.out / "config.yaml")
             print(f"{write_results(config.out, results, found)}\nevaluate: {config.out}/results.html", flush=True)
             units.conclude({})
@@ -197,7 +202,7 @@ def _token_rate(config: EvaluateConfig, models: _Models, tasks: Mapping[str, Pro
     """Tokens per second of plain and of speculative decoding of the same prompts in batches of the same size.
 
     On rank 0 alone, greedy, the first prompts of the first task. In each round all have their turn, so that what slows
-    the machine for a while slows all of them; rate and ratio to plain decoding are medians over rounds.
+    the machine for a while slows all of them.
     """
     task = next(iter(tasks.values()))
     some = task.ids[: config.token_rate.prompts]
@@ -209,15 +214,9 @@ def _token_rate(config: EvaluateConfig, models: _Models, tasks: Mapping[str, Pro
     for name, gamma in cases:  # the first call of a model pays for what later ones find ready
         models.seconds_per_token(name, gamma, some[:1], min(limit, 4))
     rounds = [
-        {case: models.seconds_per_token(*case, some, limit) for case in cases} for _ in range(config.token_rate.repeats)
+        [models.seconds_per_token(*case, some, limit) for case in cases] for _ in range(config.token_rate.repeats)
     ]
     return [
-        {
-            "drafter": case[0],
-            "gamma": case[1],
-            "batch_size": config.token_rate.batch_size,
-            "tokens_per_s": statistics.median(1 / seconds[case] for seconds in rounds),
-            "speed_up": statistics.median(seconds[cases[0]] / seconds[case] for seconds in rounds),
-        }
-        for case in cases
+        {"drafter": name, "gamma": gamma, "batch_size": config.token_rate.batch_size, **rate}
+        for (name, gamma), rate in zip(cases, token_rates(rounds), strict=True)
     ]

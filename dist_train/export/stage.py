@@ -128,10 +128,11 @@ def _prove(config: ExportConfig, reference: Reference, folder: Path) -> tuple[in
         return None
     prompts = _prompts(config.prompts, config.max_new_tokens, config.target, folder, reference)
     eos_ids = token_ids(reference.generation["eos_token_id"]) or [reference.tokenizer.eos_id]
-    tokens = check_assisted_generation(folder, config.target, prompts, eos_ids, config.max_new_tokens)
+    tokens, ties = check_assisted_generation(folder, config.target, prompts, eos_ids, config.max_new_tokens)
+    but = f"; {ties} of them up to a token that rounding decides" if ties else ""
     print(
         f"export: assisted generation gives the target's own greedy output on {len(prompts)} prompts "
-        f"({tokens:,} tokens)",
+        f"({tokens:,} tokens, {config.target.precision}{but})",
         flush=True,
     )
     return len(prompts), tokens

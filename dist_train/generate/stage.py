@@ -23,7 +23,7 @@ from dist_train.models.target import load_decoder
 from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
 from dist_train.prompts.seeds import encode_seeds, read_all_seeds, refuse_long
 from dist_train.runtime.process_group import started
-from dist_train.runtime.progress import Progress
+from dist_train.runtime.progress import Progress, phase
 from dist_train.tokenizer import Tokenizer
 from dist_train.work.units import COMPLETE, Units, refuse_other_plan, unit_seed
 
@@ -50,20 +50,25 @@ def run(config: GenerateConfig) -> None:
     """Answer every seed under every condition; on every rank."""
     check(config)
     with started() as runtime:
+        config = runtime.first(config)  # precision is what rank 0's device is fast at
         generation = Generation(config, runtime.device)
         units = Units(config.out, generation.plan, generation.count, ".parquet", runtime)
         began = time.monotonic()
         missing = runtime.agree(units.missing)
         if missing:
-            units.begin(runtime.everywhere(generation.ready))
+            with phase(f"waiting for the first token of {generation.origin['engine']}"):
+                units.begin(runtime.everywhere(generation.ready))
             if runtime.is_first:
                 (config.out / COMPLETE).unlink(missing_ok=True)
             workers = min(len(missing), generation.engine.units_at_once(config.batch_size))
-            with Progress("generate", generation.count, "batch", enabled=runtime.is_first) as bar:
-                bar.update(generation.count - len(missing))
+            done = generation.count - len(missing)
+            with Progress(
+                "generate", generation.count, "batch", first=done, enabled=runtime.is_first, look=units.done
+            ) as bar:
                 units.run(generation.make, bar.update, workers)
         if runtime.is_first:
-            _conclude(config, generation, units, time.monotonic() - began)
+            with phase("counting the answers"):
+                _conclude(config, generation, units, time.monotonic() - began)
 
 
 class Generation:

@@ -23,6 +23,7 @@ from dist_train.models.load import (
     load_tensor_parallel,
     load_zero3,
 )
+from dist_train.runtime.progress import phase
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +43,7 @@ class Target:
     """
 
     def __init__(self, section: TargetSection, runtime: Runtime) -> None:
-        with large_blocks_returned():
+        with phase(f"loading {section.path}"), large_blocks_returned():
             self._load(section, runtime)
 
     def _load(self, section: TargetSection, runtime: Runtime) -> None:
@@ -117,8 +118,9 @@ class Target:
 
 def load_decoder(section: TargetSection, device: torch.device) -> Any:
     """The whole model on one device, to decode with. Raises UserError where it cannot be loaded or makes no sense."""
-    model = load_causal_lm(section).to(device)
-    probe(model, section, device)
+    with phase(f"loading {section.path}"):
+        model = load_causal_lm(section).to(device)
+        probe(model, section, device)
     return model
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dist_train.config import GenerateConfig
+from dist_train.config import GenerateConfig, resolve_precision
 from dist_train.generate.asks import conditions
 from dist_train.models.load import DTYPES
 from dist_train.plan.machine import Assumptions, Machine
@@ -22,6 +22,7 @@ def plan_generation(
     Every GPU holds the whole target and decodes batches of its own; prompts are left out. Raises UserError when the
     target's configuration is not at hand.
     """
+    config = resolve_precision(config, machine.gpu.fast_precision)
     target = measure(target_shape(config.target))
     shape, width = target.shape, DTYPES[config.target.precision].itemsize
     each_seed = len(conditions(config))

@@ -22,6 +22,11 @@ class Gpu:
     network: float
     """of the network adapter that goes with each GPU, in each direction"""
 
+    @property
+    def fast_precision(self) -> str:
+        """What `precision: auto` becomes on it."""
+        return max(self.peak_flops, key=lambda precision: self.peak_flops[precision])
+
 
 GPUS = {
     "h100": Gpu("H100 SXM", {"bf16": 989e12, "fp32": 67e12}, 80e9, 3.35e12, 450e9, 50e9),

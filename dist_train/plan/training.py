@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dist_train.config import TrainConfig
+from dist_train.config import TrainConfig, resolve_precision
 from dist_train.errors import UserError
 from dist_train.models.load import DTYPES
 from dist_train.plan.machine import Assumptions, Machine
@@ -22,6 +22,7 @@ def plan_training(config: TrainConfig, machine: Machine, assumed: Assumptions, v
 
     Raises UserError when batch or target and ranks do not fit, or the target's configuration is not at hand.
     """
+    config = resolve_precision(config, machine.gpu.fast_precision)
     train, length = config.train, config.data.sequence_length
     drafter = measure(drafter_shape(config, vocab_size))
     section = config.target if set(config.objective) != {"ce"} else None

@@ -15,16 +15,24 @@ from dist_train.tokenizer.wordwise import Array
 
 
 class TextEncoder:
-    """Records with a text field, as documents between BOS and EOS."""
+    """Records with a text field, as documents that begin and end as the target's own texts do."""
 
     has_mask = False
 
     def __init__(self, tokenizer: Tokenizer, config: PrepareConfig) -> None:
         self._tokenizer, self._field = tokenizer, config.text_field
         self.fields: Sequence[str] = (config.text_field,)
-        self._before = [tokenizer.bos_id] if config.bos and tokenizer.bos_id is not None else []
-        self._after = [tokenizer.eos_id] if config.eos else []
-        self.encoding = Encoding(tokenizer.sha256, tokenizer.vocab_size, bool(self._before), config.eos)
+        with_bos = tokenizer.adds_bos if config.bos is None else config.bos
+        self._before = [tokenizer.bos_id] if with_bos and tokenizer.bos_id is not None else []
+        end = {None: _end_of_text(tokenizer), True: tokenizer.eos_id, False: None}[config.eos]
+        self._after = [] if end is None else [end]
+        self.encoding = Encoding(
+            tokenizer.sha256,
+            tokenizer.vocab_size,
+            bos=bool(self._before),
+            eos=end == tokenizer.eos_id,
+            separator=None if end == tokenizer.eos_id else end,
+        )
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         """Encode; empty texts give no document."""
@@ -36,6 +44,19 @@ class TextEncoder:
                 texts.append(record[self._field])
         ids, lengths = self._tokenizer.encode_flat(texts)
         return Encoded(*_enclosed(ids, lengths, self._before, self._after), None, rejected)
+
+
+_ENDS_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>")  # as families with other EOS for chats name it: Qwen, Llama 3
+
+
+def _end_of_text(tokenizer: Tokenizer) -> int:
+    """What keeps texts apart: no tokenizer adds it by itself, and in all pretraining there is one.
+
+    EOS of a chat model may be the end of a turn, `<|im_end|>` say, which does not end texts.
+    """
+    return next(
+        (tokenizer.special_ids[name] for name in _ENDS_OF_TEXT if name in tokenizer.special_ids), tokenizer.eos_id
+    )
 
 
 def _enclosed(ids: Array, lengths: Array, before: Sequence[int], after: Sequence[int]) -> tuple[Array, Array]:

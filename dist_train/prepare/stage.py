@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from data_shards.prepare import together
 from dist_train.config import PrepareConfig
 from dist_train.errors import UserError
 from dist_train.prepare.encoders import ChatEncoder, TextEncoder
-from dist_train.runtime.progress import Progress
+from dist_train.runtime.progress import Progress, phase
 from dist_train.tokenizer import load_tokenizer
 from dist_train.work.units import refuse_partial
 
@@ -48,7 +49,8 @@ def _verify(config: PrepareConfig, comm: Any) -> None:
     corpus = ShardedTokens(config.out)
     if config.tokenizer and load_tokenizer(config.tokenizer).sha256 != corpus.encoding.tokenizer:
         raise UserError(f"{config.out}: made with another tokenizer than {config.tokenizer}; prepare it again")
-    together(comm, lambda: corpus.verify(comm.rank, comm.size))
+    with phase(f"comparing {config.out} with its checksums"):
+        together(comm, lambda: corpus.verify(comm.rank, comm.size))
     if comm.rank == 0:
         size = f"{len(corpus):,} tokens in {corpus.num_documents:,} documents"
         print(f"prepare: {config.out}: {size}, every byte as written", flush=True)
@@ -98,12 +100,15 @@ class _Bar:
     def __init__(self, *, enabled: bool) -> None:
         self._enabled = enabled
         self._progress: Progress | None = None
+        self._open = ExitStack()
         self._began = time.monotonic()
 
     def update(self, done: int, total: int, tokens: int) -> None:
         """Bytes of input done, of all that rank 0 has, and tokens made of them."""
         if self._progress is None:
-            self._progress = Progress("prepare", total, "B", enabled=self._enabled, scale=True)
+            self._progress = self._open.enter_context(
+                Progress("prepare", total, "B", enabled=self._enabled, scale=True)
+            )
         seconds = max(time.monotonic() - self._began, 1e-9)
         speed = {"MB/s a rank": done / 1e6 / seconds, "tokens/s": tokens / seconds}
         self._progress.update(done, **speed)
@@ -114,8 +119,7 @@ class _Bar:
 
     def __exit__(self, *error: Any) -> None:
         """Take the bar off the screen."""
-        if self._progress is not None:
-            self._progress.__exit__(None, None, None)
+        self._open.close()
 
 
 class _OneProcess:

@@ -12,8 +12,8 @@ class _CallablePackage(ModuleType):
     """`dist_train.generate` holds modules, as any package, and `dist_train.generate(config)` runs the stage."""
 
     def __call__(self, config: Any) -> int:
-        """Run the stage in this process; see `dist_train.api.run.run`."""
-        return importlib.import_module(f"{self.__name__}.stage").run(config) or 0
+        """Run the stage in this process: `dist_train.api.run.run`, which stands above the stages."""
+        return importlib.import_module("dist_train.api.run").run(config)
 
 
 def make_callable(package: str) -> None:

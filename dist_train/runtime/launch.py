@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dist_train.errors import UserError
+from dist_train.runtime.progress import silence
 from dist_train.runtime.world import cores, free_port
 
 _POLL_SECONDS = 0.05
@@ -69,14 +70,17 @@ def _wait(workers: list[subprocess.Popen[bytes]], names: Sequence[str]) -> int:
                 worker.send_signal(number)
 
     forwarded = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, forward) for number in forwarded}
+    # What was ignored from the start, as SIGINT is of a shell's background jobs, the workers ignore as well.
+    heard = [number for number in forwarded if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, forward) for number in heard}
     try:
-        while True:
-            codes = [worker.poll() for worker in workers]
-            failed = [code for code in codes if code]
-            if failed or None not in codes:
-                break
-            time.sleep(_POLL_SECONDS)
+        with silence():
+            while True:
+                codes = [worker.poll() for worker in workers]
+                failed = [code for code in codes if code]
+                if failed or None not in codes:
+                    break
+                time.sleep(_POLL_SECONDS)
         for name, code in zip(names, codes, strict=True):
             if code and code < 0:
                 print(f"{name} was ended by {signal.Signals(-code).name}; the others are stopped", file=sys.stderr)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import DataError
 from dist_train.errors import UserError
+from dist_train.runtime.progress import phase
 from dist_train.runtime.world import World, cores, find_world, local_world_size
 
 if TYPE_CHECKING:
@@ -133,9 +134,10 @@ def started() -> Iterator[Runtime]:
     # that a killed process leaves to all later ones. PyTorch's own serves. Set, not changed: reading it first would try
     # the compiler and linker on every operator.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    deepspeed.init_distributed(
-        "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
-    )
+    with phase(f"waiting for {world.size} ranks"):
+        deepspeed.init_distributed(
+            "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
+        )
     try:
         yield Runtime(world, device)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import math
 import random
 import socket
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dist_train.errors import UserError
+from dist_train.runtime.progress import SECONDS_BETWEEN_LINES, tell_at_intervals
 
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0
 _LONGEST_CONNECT = 30.0  # to connect needs no model to think
@@ -43,6 +45,7 @@ class Client:
         self._local = threading.local()
         self._lock, self._under_way = threading.Lock(), set[socket.socket]()
         self._given_up, self._why = threading.Event(), ""
+        self._answered = -math.inf  # when the last one came
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         """The JSON object that the server answers.
@@ -58,7 +61,9 @@ class Client:
             try:
                 status, words, wanted = self._once(method, path, body)
                 if status == 200:
-                    return _parse(words)
+                    answer = _parse(words)
+                    self._answered = time.monotonic()
+                    return answer
                 if status < 500 and status not in _BUSY:
                     raise RefusedError(status, _said(words))
                 problem = f"{status} {_said(words)}"
@@ -73,6 +78,7 @@ class Client:
                     "started again, generate goes on with what is missing"
                 )
             else:
+                self._tell(problem, spent)
                 self._given_up.wait(delay)
         raise UserError(self._why)
 
@@ -103,6 +109,12 @@ class Client:
                     # Not SSLSocket's own: its first step is to forget the encryption, which the other thread yet uses.
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)
             return self._why
+
+    def _tell(self, problem: str, spent: float) -> None:
+        """Say that a server which gives no answers is asked again; of one that is busy now and then, nothing."""
+        if time.monotonic() - self._answered > SECONDS_BETWEEN_LINES:
+            left = max(0.0, self._patience - spent)
+            tell_at_intervals(self.url, f"{self.url}: {problem}; asked again, for {left:.0f} s more")
 
     def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
         """Status, body and the delay that the server asks for, in seconds."""

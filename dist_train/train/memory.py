@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from dist_train.config import TargetSection, TrainConfig
+from dist_train.config import TargetSection, TrainConfig, resolve_precision
 from dist_train.errors import UserError
 from dist_train.losses import needs_target
 from dist_train.losses.sizes import chunk_rows
@@ -40,10 +40,11 @@ def memory_estimate(
 ) -> dict[str, float]:
     """GiB a rank of each kind, for a drafter of the Hugging Face configuration `shape`; `on_gpu`: None asks PyTorch.
 
-    Weights, gradients and optimizer state are counted (Rajbhandari et al. 2020, ZeRO, section 3.1); activations are
-    those that a Llama block keeps for its backward pass with an attention that stores no matrix of scores. A step and
-    the copies that a checkpoint is written from do not meet: what is more counts.
+    Weights, gradients and optimizer state are counted (Rajbhandari et al. 2020, ZeRO, section 3.1), and activations as
+    `activation_bytes` has them. From ZeRO 1 on DeepSpeed copies gradients into a bucket before it sends them. A step
+    and the copies that a checkpoint is written from do not meet: what is more counts.
     """
+    config = resolve_precision(config, "bf16" if on_gpu else None)
     configuration = deepspeed_config(config.train, world_size).get("zero_optimization", {})
     stage = configuration.get("stage", 0)
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
@@ -52,10 +53,8 @@ def memory_estimate(
     kinds = ("optimizer", "gradients", "weights")  # what ZeRO 1, 2 and 3 each add to what is sharded
     shard = {kind: world_size if stage >= first else 1 for first, kind in enumerate(kinds, start=1)}
     tokens = config.train.micro_batch * config.data.sequence_length
-    block = 8 * shape.hidden_size + 4 * shape.intermediate_size
-    kept = shape.hidden_size if config.train.gradient_checkpointing else block
     buckets = 2 if configuration.get("overlap_comm") else 1  # one is filled while the other is sent
-    bucket = min(drafter, configuration.get("reduce_bucket_size", 500_000_000)) if stage >= 2 else 0
+    bucket = min(drafter, configuration.get("reduce_bucket_size", 500_000_000)) if stage >= 1 else 0
     estimate = {
         "drafter weights": width * drafter / shard["weights"],
         "drafter gradients": width * drafter / shard["gradients"],
@@ -66,7 +65,7 @@ def memory_estimate(
     target = config.target if needs_target(config.objective) else None
     rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), tokens)
     step = {
-        "activations": width * tokens * (shape.num_hidden_layers * kept + block),
+        "activations": tokens * activation_bytes(shape, width, checkpointing=config.train.gradient_checkpointing),
         # Both heads' chunks, and the fp32 gradient of the drafter's head.
         "logit chunks": 4 * shape.vocab_size * ((2 if target else 1) * rows + shape.hidden_size),
     }
@@ -80,6 +79,23 @@ def memory_estimate(
     if not on_gpu:
         estimate["the process itself"] = _PROCESS
     return {kind: amount / _GIB for kind, amount in estimate.items()}
+
+
+def activation_bytes(shape: Any, width: int, *, checkpointing: bool = False) -> int:
+    """Bytes a token that a Llama's blocks keep for their backward pass, in numbers of `width` bytes, and its gradients.
+
+    With an attention that stores no matrix of scores. RMSNorm computes in fp32 and keeps its input so, whatever the
+    precision. While one block is differentiated its gradients, or with checkpointing what is computed again, take about
+    what it kept.
+    """
+    hidden, mlp = shape.hidden_size, shape.intermediate_size
+    head = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
+    queries, keys = head * shape.num_attention_heads, head * shape.num_key_value_heads
+    norm = 4 * hidden + 2 * width * hidden  # its input in fp32; normalised, and times its weight
+    attention = width * (2 * queries + 2 * keys)  # queries and their outputs, keys and values
+    block = 2 * norm + attention + 4 * width * mlp  # gate before and after SiLU, up, and their product
+    kept = width * hidden if checkpointing else block
+    return int(shape.num_hidden_layers * kept + norm + block)
 
 
 def _target_bytes(

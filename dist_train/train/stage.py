@@ -95,6 +95,7 @@ def writing_to(folder: Path) -> Iterator[None]:
 
 
 def _train(config: TrainConfig, runtime: Runtime) -> None:
+    config = runtime.first(config)  # precision is what rank 0's device is fast at
     set_seed(config.run.seed)
     _tell_memory(config, runtime)
     training = _build(config, runtime)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 from data_shards.errors import DataError
 from data_shards.files import read_json, remove_stale, write_json
 from dist_train.errors import RankError, UserError
+from dist_train.runtime.interrupts import one_interrupt, results
 from dist_train.runtime.process_group import Runtime
 from dist_train.work.claims import LEASE_SECONDS, PREFIX, Claims
 
@@ -26,6 +25,7 @@ PLAN = "_plan.json"  # readers of a folder of answers pass over names that begin
 BEGUN = "_begun.json"
 COMPLETE = "_complete.json"
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_BETWEEN_COUNTS = 5.0  # listing a large folder of a parallel file system takes a moment
 
 
 class Units:
@@ -56,6 +56,10 @@ class Units:
         """The units that are not done, found by listing the folder once."""
         return self._look()[0]
 
+    def done(self) -> int:
+        """How many are done, by all ranks and jobs, found likewise."""
+        return self.count - len(self.missing())
+
     def run(
         self, make: Callable[[int, Path], None], progress: Callable[[int], None] | None = None, workers: int = 1
     ) -> None:
@@ -63,14 +67,15 @@ class Units:
 
         A rank takes the next unit that nobody has, so that a slow one does not hold the rest; ranks of other jobs that
         work on the same folder share it too, and units of ranks that died are made again. Collective. `workers`:
-        threads that call `make`; 1: this one. `progress` gets the number of finished units, of all ranks. Ctrl-C drops
-        the units under way; where threads make them, these go on until the process ends.
+        threads that call `make`; 1: this one. `progress` gets the number of finished units, of all ranks and jobs by
+        the last look at the folder. Ctrl-C drops the units under way; where threads make them, these go on until the
+        process ends.
         """
         with Claims(self.folder) as claims:
             queue = _Queue(self, claims)
             work = partial(self._work, queue, make, progress)
             try:
-                with _one_interrupt(queue.close):
+                with one_interrupt(queue.close):
                     if workers == 1:
                         work()
                     else:
@@ -134,7 +139,7 @@ class _Queue:
         self._lock = threading.Lock()
         self._free: deque[int] = deque()
         self._looked = self._closed = False
-        self._done = 0
+        self._done, self._looked_at = 0, 0.0
 
     def take(self) -> int | None:
         """A unit that nobody else has, now claimed; None when all are done. Waits while the last are with others."""
@@ -147,8 +152,7 @@ class _Queue:
                             return unit
                         self._claims.release(unit)
                     self._free.clear()  # somebody else is at work from here on: look again, and begin elsewhere
-                missing, claimed = self._units._look()
-                self._done = self._units.count - len(missing)
+                missing, claimed = self._look()
                 if not missing:
                     return None
                 free = [unit for unit in missing if unit not in claimed]
@@ -160,15 +164,22 @@ class _Queue:
         return None
 
     def finish(self, unit: int) -> int:
-        """Let go of a unit whose file is there; how many are done."""
+        """Let go of a unit whose file is there; how many are done, of others' those that were there a moment ago."""
         self._claims.release(unit)
         with self._lock:
-            self._done = min(self._done + 1, self._units.count)
-            return self._done
+            self._done += 1
+            if time.monotonic() - self._looked_at > _SECONDS_BETWEEN_COUNTS:
+                self._look()
+            return min(self._done, self._units.count)
 
     def close(self) -> None:
         """Hand out nothing more."""
         self._closed = True
+
+    def _look(self) -> tuple[list[int], set[int]]:
+        missing, claimed = self._units._look()
+        self._done, self._looked_at = self._units.count - len(missing), time.monotonic()
+        return missing, claimed
 
     def _rotated(self, free: list[int]) -> list[int]:
         """Begin apart: ranks each at their share, at a later look anywhere, so that jobs that met do not meet again."""
@@ -187,41 +198,12 @@ def refuse_partial(folder: Path) -> None:
         )
 
 
-@contextmanager
-def _one_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Have Ctrl-C call `stop` and raise KeyboardInterrupt, once.
-
-    No second one: --nproc passes on what its terminal sends to all, and claims are yet to be let go of. Where the first
-    is lost, as within a callback of C++, `stop` ends the work and it is raised then.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    came = False
-
-    def interrupt(_number: int, _frame: object) -> None:
-        nonlocal came
-        came = True
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        stop()
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        if not came:
-            signal.signal(signal.SIGINT, before)
-    if came:
-        raise KeyboardInterrupt
-
-
 def _in_threads(work: Callable[[], None], count: int) -> None:
     """Call `work` in `count` threads, and wait for them all; unless by Ctrl-C, for they may be long."""
     threads, is_patient = ThreadPoolExecutor(count), True
     try:
-        for one in [threads.submit(work) for _ in range(count)]:
-            one.result()
+        for _ in results([threads.submit(work) for _ in range(count)]):
+            pass
     except KeyboardInterrupt:
         is_patient = False
         raise

@@ -36,7 +36,6 @@ import numpy.typing as npt
 import yaml
 
 from data_shards.files import read_json, write_json
-from dist_train.demo.recipe import Recipe
 
 TEMPLATES = {
     "open-ended": re.compile(
@@ -123,8 +122,8 @@ class Experiment:
     """The steps below one folder; those that are done are not done again."""
 
     def __init__(self, data: Path, out: Path) -> None:
-        self.data, self.out, self.precision = data, out, Recipe().precision
-        self.tokenizer, self.target = str(out / "tokenizer"), {"path": str(out / "target"), "precision": self.precision}
+        self.data, self.out = data, out
+        self.tokenizer, self.target = str(out / "tokenizer"), {"path": str(out / "target")}
         self.seconds = read_json(out / "steps.json")["seconds"] if (out / "steps.json").exists() else {}
 
     def step(self, name: str, action: Callable[[], Any]) -> None:
@@ -169,7 +168,7 @@ class Experiment:
         config |= {
             "run": {"dir": self.path("runs", label), "seed": seed, "hang_timeout": 7200.0},
             "data": {"sources": shards, "sequence_length": SEQUENCE_LENGTH},
-            "train": training | {"warmup_steps": steps // 20, "precision": self.precision},
+            "train": training | {"warmup_steps": steps // 20},
         }
         self.stage(stage, label, tokenizer=self.tokenizer, **config)
 

@@ -12,6 +12,7 @@ from dist_train.evaluate.measures import (
     bootstrap_difference,
     memory_bound_speed_up,
     position_acceptance,
+    token_rates,
 )
 
 BLOCKS = [[4, 1, 2], [1], [3, 4, 4, 1]]
@@ -61,3 +62,19 @@ def test_pairing_narrows_the_interval_of_a_difference():
     assert paired.low > 0
     assert paired.high - paired.low < 0.5 * (bootstrap(base).high - bootstrap(base).low)
     assert bootstrap_difference(base, base) == (0.0, 0.0, 0.0)
+
+
+def test_token_rates_rank_as_their_ratios_do():
+    """Medians of rates and of ratios, each over three rounds on its own, often do not."""
+    drawn = np.random.default_rng(0)
+    cases = [drawn.uniform(0.5, 2.0, (3, 4)).tolist() for _ in range(200)]
+    medians_disagree = 0
+    for rounds in cases:
+        seconds = np.array(rounds)
+        found = token_rates(rounds)
+        rates, ratios = (np.array([row[key] for row in found]) for key in ("tokens_per_s", "speed_up"))
+        assert np.allclose(ratios, np.median(seconds[:, :1] / seconds, axis=0))
+        assert np.isclose(rates[0], np.median(1 / seconds[:, 0]))
+        assert (rates.argsort() == ratios.argsort()).all()
+        medians_disagree += (np.median(1 / seconds, axis=0).argsort() != ratios.argsort()).any()
+    assert medians_disagree > 20  # else this would show nothing

@@ -18,6 +18,7 @@ import torch
 from generations import FAULTS, files, generation, rows
 from transformers import AutoModelForCausalLM
 
+from dist_train.errors import UserError
 from dist_train.generate.answers import read_origin
 from dist_train.runtime.world import free_port
 from dist_train.serving.http import Client
@@ -96,6 +97,20 @@ def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, here, fake_serve
     assert code == 2
     assert message in complaint and complaint.count("\n") == 1, complaint
     assert not files(tmp_path / "out")
+
+
+def test_a_server_that_is_gone_is_told_at_once_and_one_that_is_busy_now_and_then_is_not(fake_server, capsys, tiny):
+    with pytest.raises(UserError, match="gave up after"):
+        Client("http://127.0.0.1:9/v1", None, timeout=5, patience=0.5).ask("GET", "/models")
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("http://127.0.0.1:9/v1: [Errno 111]") and line.endswith("asked again, for 0 s more")
+    server = fake_server(stuck="the", stuck_by=503)
+    client = Client(server.url, None, timeout=5, patience=0.5)
+    client.ask("GET", "/models")
+    body = {"model": "tiny", "prompt": server.tokenizer.encode("the model"), "max_tokens": 5}
+    with pytest.raises(UserError, match="503 try later"):
+        client.ask("POST", "/completions", body)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("stuck_by", [503, "silence"])

@@ -145,7 +145,7 @@ with started() as runtime:
             highest[0] = max(highest[0], anonymous())
             time.sleep(0.003)
     threading.Thread(target=watch, daemon=True).start()
-    target = Target(TargetSection(path=sys.argv[1], sharding=sys.argv[2]), runtime)
+    target = Target(TargetSection(path=sys.argv[1], sharding=sys.argv[2], precision="bf16"), runtime)
     loading.clear()
     held = [getattr(p, "ds_tensor", p) for p in target._decoder.parameters()]
     held = [p.to_local() if hasattr(p, "to_local") else p for p in held]
@@ -190,7 +190,7 @@ def test_a_target_with_an_added_token_can_judge_the_corpora_before(tiny, tmp_pat
     target, more = shutil.copytree(tiny.target, tmp_path / "target"), AutoTokenizer.from_pretrained(tiny.target)
     more.add_tokens(["<pad-of-a-fine-tune>"], special_tokens=True)
     more.save_pretrained(target)
-    section = TargetSection(path=str(target))
+    section = TargetSection(path=str(target), precision="fp32")
     found = load_target_tokenizer(section, str(tiny.tokenizer), strict=False)
     assert found.vocab_size == tiny.vocab_size
     with pytest.raises(UserError, match="vocabulary: 320 pieces, 321 pieces"):  # what is asked of it would lack them

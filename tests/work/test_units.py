@@ -133,6 +133,21 @@ def test_an_error_in_one_thread_ends_the_others_and_leaves_no_claim(tmp_path):
     refuse_partial(tmp_path)
 
 
+def test_progress_counts_what_all_ranks_have_done(tmp_path, monkeypatch):
+    monkeypatch.setattr("dist_train.work.units._SECONDS_BETWEEN_COUNTS", 0.0)
+    units = Units(tmp_path, {}, 10, ".txt", Alone)
+    units.begin({})
+
+    def make(unit, path):
+        path.write_text("")
+        units.path(unit + 5).write_text("")  # meanwhile, by another rank
+
+    counts = []
+    units.run(make, counts.append)
+    assert counts == [2, 4, 6, 8, 10]
+    assert units.done() == 10
+
+
 def test_a_large_folder_is_listed_not_looked_up_file_by_file(tmp_path, monkeypatch):
     units = Units(tmp_path, {}, 20_000, ".txt", Alone)
     for unit in range(0, 20_000, 2):
