@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dist_train.tokenizer.chat import ChatTemplate, Message, RefusedChatError, Templates
-from dist_train.tokenizer.special import SpecialTokens
+from dist_train.tokenizer.special import Marks, SpecialTokens
 from dist_train.tokenizer.wordwise import Array
 
 
@@ -103,11 +103,15 @@ class Tokenizer(ABC):
         """
         marks = self.special.marks(spells, rendered)
         if marks is not None:
-            marked = [{**message, "content": self.special.marked(message["content"], marks)} for message in messages]
-            found = self.chat.render(marked)
+            found = self._marked(messages, marks, edges=True)
             parts, as_read = self.special.cut(found), self.special.cut(rendered)
-            kept, same = found.translate(marks.table) == rendered, _ids(parts) == _ids(as_read)
-            if same and (kept or not {self.special_ids[token] for token in marks.of} & {*_ids(as_read)}):
+            ids, ids_read = _ids(parts), _ids(as_read)
+            kept = found.translate(marks.table) == rendered
+            if not kept:  # the template may look at what a message begins or ends with
+                found = self._marked(messages, marks, edges=False)
+                parts = self.special.cut(found)
+                kept = found.translate(marks.table) == rendered and _ids(parts) == ids
+            if ids == ids_read and (kept or not {self.special_ids[token] for token in marks.of} & {*ids_read}):
                 return None  # what was spelled out, the template has dropped
             # By parts must be as by the whole, were it not for what is spelled out.
             if kept and self._encode_parts(as_read) == self._encode_whole(rendered):
@@ -115,6 +119,13 @@ class Tokenizer(ABC):
         raise RefusedChatError(
             f"{self.source}: a message spells out special tokens, and its chat template rewrites messages so that "
             "these cannot be told from its own; take them out of the message"
+        )
+
+    def _marked(self, messages: Sequence[Message], marks: Marks, *, edges: bool) -> str:
+        """The conversation rendered with marks in its messages."""
+        contents = (self.special.marked(message["content"], marks, edges=edges) for message in messages)
+        return self.chat.render(
+            [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
         )
 
     def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:

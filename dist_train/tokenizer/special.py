@@ -37,16 +37,11 @@ class SpecialTokens:
     def __init__(
         self, ids: Mapping[str, int], strips_left: Collection[str] = (), strips_right: Collection[str] = ()
     ) -> None:
-
-        def with_space(token: str) -> str:
-            before, after = r"\s*" * (token in strips_left), r"\s*" * (token in strips_right)
-            return f"{before}({re.escape(token)}){after}"
-
         self.ids = {token: i for token, i in ids.items() if token}
         # The longest wins where several begin.
         self._tokens = sorted(self.ids, key=len, reverse=True)
         self._found = re.compile("|".join(map(re.escape, self._tokens)) or "(?!)")
-        self._cut = re.compile("|".join(map(with_space, self._tokens)) or "(?!)")
+        self._strips_left, self._strips_right = frozenset(strips_left), frozenset(strips_right)
         self._joined = "\0".join(self._tokens)
         self._longest = max(map(len, self._tokens), default=0)
         self._heads = {token[:i] for token in self._tokens for i in range(1, len(token))}
@@ -55,13 +50,15 @@ class SpecialTokens:
     def cut(self, text: str) -> list[str | int]:
         """A text as the ids of the special tokens in it, and the texts between them."""
         parts: list[str | int] = []
-        end = 0
-        for match in self._cut.finditer(text):
-            if match.start() > end:
-                parts.append(text[end : match.start()])
-            parts.append(self.ids[match[match.lastindex or 0]])
-            end = match.end()
-        return [*parts, text[end:]] if end < len(text) else parts
+        end, before = 0, ""
+        for match in self._found.finditer(text):
+            between, token = text[end : match.start()], match[0]
+            between = between.lstrip() if before in self._strips_right else between
+            between = between.rstrip() if token in self._strips_left else between
+            parts += [between, self.ids[token]] if between else [self.ids[token]]
+            end, before = match.end(), token
+        rest = text[end:].lstrip() if before in self._strips_right else text[end:]
+        return [*parts, rest] if rest else parts
 
     def may_hide_in(self, text: str) -> bool:
         """Whether a message has a special token in it, or could be a part of one that reaches out of it."""
@@ -82,10 +79,11 @@ class SpecialTokens:
                 return Marks(chr(plane), {token: chr(plane + i) for i, token in enumerate(spelled, start=1)})
         return None
 
-    def marked(self, text: str, marks: Marks) -> str:
+    def marked(self, text: str, marks: Marks, *, edges: bool) -> str:
         """A message with marks for its special tokens, and at its edges, within the white space that templates trim."""
-        core = text.strip()
-        if not core:
-            return text
-        before, after = text.split(core, maxsplit=1)
-        return f"{before}{marks.edge}{self._found.sub(lambda match: marks.of[match[0]], core)}{marks.edge}{after}"
+        marked = self._found.sub(lambda match: marks.of[match[0]], text)
+        core = marked.strip()
+        if not core or not edges:
+            return marked
+        before, after = marked.split(core, maxsplit=1)
+        return f"{before}{marks.edge}{core}{marks.edge}{after}"
