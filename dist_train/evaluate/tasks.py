@@ -66,7 +66,7 @@ class Prompts(NamedTuple):
 
     ids: list[list[int]]
     sampling: Sampling
-    identity: int
+    identity: int = 0
     """equal for equal conversations and templates, whatever date a template writes into them"""
 
 

@@ -151,8 +151,9 @@ def _chat_template(folder: Path, reference: Reference) -> Check:
         return Check("chat template", "failed", f"{error}; {AGAIN}")
     if not reference.chat_template:
         if found:
-            return Check("chat template", "warning", f"has one, and the target none; {AGAIN}")
-        return Check("chat template", "ok", "none, as the target")
+            mend = f"name the one that it is served with, chat_template=FILE, or {AGAIN}"
+            return Check("chat template", "warning", f"has one, and the target none; {mend}")
+        return Check("chat template", "ok", "none, as the target; chat_template=FILE names one")
     fault = None
     if not found:
         fault = f"missing, the target has one; {AGAIN}"
