@@ -149,7 +149,7 @@ def _count_seeds(config: Any) -> int:
     sections = [config.seeds, *config.more_seeds]
     limited = any(section.min_tokens or section.max_tokens for section in sections)
     try:
-        tokenizer = named_tokenizer(config.target, config.tokenizer) if limited else None
+        tokenizer = named_tokenizer(config.target, config.tokenizer, config.chat_template) if limited else None
     except UserError as error:
         raise UserError(f"{error}; or plan without it: --seeds 10000") from error
     return len(read_all_seeds(sections, tokenizer))

@@ -64,6 +64,9 @@ def add_tokenizer(commands: argparse._SubParsersAction) -> None:
     train.add_argument("inputs", nargs="+", help="JSONL, Parquet or text, as for prepare")
     train.add_argument("--vocab-size", type=int, default=32_000)
     train.add_argument("--text-field", default="text")
+    train.add_argument(
+        "--chat-template", default="llama2", metavar="FILE", help="Jinja file, or llama2 (default), written beside it"
+    )
     train.add_argument("--out", type=Path, required=True, help="folder for tokenizer.model and its conversions")
     check = add(
         actions,
@@ -88,8 +91,9 @@ def _texts(options: argparse.Namespace, inputs: Sequence[str]) -> Iterator[str]:
 def _train_tokenizer(options: argparse.Namespace) -> None:
     from dist_train.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(_texts(options, options.inputs), options.out, options.vocab_size)
-    print(f"tokenizer: {tokenizer.vocab_size:,} pieces; {options.out}")
+    texts = _texts(options, options.inputs)
+    tokenizer = train_tokenizer(texts, options.out, options.vocab_size, chat_template=options.chat_template)
+    print(f"tokenizer: {tokenizer.vocab_size:,} pieces, chat template {options.chat_template}; {options.out}")
 
 
 def _check_tokenizers(options: argparse.Namespace) -> int:

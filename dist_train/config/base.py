@@ -92,6 +92,9 @@ class SeedsSection(Section):
     """leave out prompts of more tokens, chat template included"""
     limit: PositiveInt | None = None
     """use the first so many"""
+    malformed: Literal["stop", "skip"] = "stop"
+    """a conversation that the chat template refuses: stop with an error that names file and line, or leave it out,
+    counted"""
 
     @model_validator(mode="after")
     def _one_source(self) -> SeedsSection:

@@ -77,6 +77,8 @@ class EvaluateConfig(Section):
     """name to Hugging Face folder, run folder or checkpoint; the first is the one that the others are compared with"""
     tokenizer: str | None = None
     """null: the target's own"""
+    chat_template: str | None = None
+    """Jinja file, or llama2: the chat template instead of the target's own, or where it has none"""
     tasks: list[TaskSection] = Field(min_length=1)
     out: Path
     """folder of the results"""

@@ -17,6 +17,8 @@ class ExportConfig(Section):
     """run folder, checkpoint or Hugging Face folder"""
     tokenizer: str | None = None
     """what the drafter was trained with; has to be the target's, which is the one written; null: the target's own"""
+    chat_template: str | None = None
+    """Jinja file, or llama2: written instead of the target's own chat template, or where it has none"""
     out: Path | None = None
     """folder to write; one that dist-train export wrote is replaced, any other is refused"""
     target: TargetSection | None = None

@@ -62,6 +62,8 @@ class GenerateConfig(Section):
     target: TargetSection
     tokenizer: str | None = None
     """null: the target's own"""
+    chat_template: str | None = None
+    """Jinja file, or llama2: the chat template instead of the target's own, or where it has none"""
     engine: EngineSection = EngineSection()
     seeds: SeedsSection
     more_seeds: list[SeedsSection] = Field(default=[])

@@ -14,7 +14,7 @@ class FaultsSection(Section):
     """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
 
     malformed: Literal["stop", "skip"] = "stop"
-    """a line that is not a JSON object"""
+    """a line that is not a JSON object; a prompt that the chat template refuses"""
     encoding: Literal["stop", "skip"] = "stop"
     """text that is not UTF-8"""
     too_long: Literal["stop", "skip"] = "stop"
@@ -33,6 +33,9 @@ class PrepareConfig(Section):
     """instead of inputs: a dataset of the hub, its files read as they are, as a stream"""
     tokenizer: str = ""
     """sentencepiece .model file, Hugging Face folder or hub id"""
+    chat_template: str | None = None
+    """chat: Jinja file, or llama2: the template of prompts given as text, instead of the tokenizer's own, or where it
+    has none"""
     verify: bool = False
     """--verify: read every byte of the corpus `out` and compare checksums, and the tokenizer if one is named"""
     out: Path

@@ -17,7 +17,7 @@ def memory_report(config: EvaluateConfig, _world_size: int) -> str:
 
     Activations and what the libraries take for themselves come on top.
     """
-    tasks = load_prompts(config, load_target_tokenizer(config.target, config.tokenizer)).values()
+    tasks = load_prompts(config, load_target_tokenizer(config.target, config.tokenizer, config.chat_template)).values()
     tokens = max(max(map(len, task.ids)) + task.sampling.max_new_tokens for task in tasks)
     gamma, width = max(config.gammas), DTYPES[config.target.precision].itemsize
     target: Any = read_target_config(config.target)

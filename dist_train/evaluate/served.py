@@ -129,8 +129,8 @@ def _read(config: ServedConfig) -> tuple[Tokenizer, Any]:
     try:
         target = read_target_config(config.target)
     except UserError:
-        return named_tokenizer(config.target, config.tokenizer), None
-    return load_target_tokenizer(config.target, config.tokenizer), target
+        return named_tokenizer(config.target, config.tokenizer, config.chat_template), None
+    return load_target_tokenizer(config.target, config.tokenizer, config.chat_template), target
 
 
 def check(config: ServedConfig) -> None:

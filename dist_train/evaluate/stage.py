@@ -34,7 +34,7 @@ BATCHES_A_UNIT = 8
 
 def check(config: EvaluateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
-    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer, config.chat_template)
     target = read_target_config(config.target)
     models = {config.target.path: target}
     for name, path in config.drafters.items():
@@ -50,7 +50,7 @@ def run(config: EvaluateConfig) -> None:
     check(config)
     with started() as runtime:
         config = runtime.first(config)  # precision is what rank 0's device is fast at
-        tokenizer = load_target_tokenizer(config.target, config.tokenizer)
+        tokenizer = load_target_tokenizer(config.target, config.tokenizer, config.chat_template)
         tasks = load_prompts(config, tokenizer)
         cells = _cells(config, tasks)
         length = BATCHES_A_UNIT * config.batch_size

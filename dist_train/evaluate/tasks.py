@@ -18,7 +18,7 @@ from data_shards.inputs import Record, dataset_files
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
 from dist_train.errors import UserError
 from dist_train.prompts.formats import placed_records, refuse_half_characters
-from dist_train.prompts.seeds import because, encode_seeds, is_on_side, read_seeds, refuse_long
+from dist_train.prompts.seeds import Seed, because, encode_at, encoded, is_on_side, read_with_ids, refuse_long
 from dist_train.tokenizer import Message, Tokenizer
 from dist_train.work.units import unit_seed
 
@@ -66,11 +66,8 @@ class Prompts(NamedTuple):
 
     ids: list[list[int]]
     sampling: Sampling
-
-    @property
-    def identity(self) -> int:
-        """Equal for equal prompts."""
-        return unit_seed(0, self.ids)
+    identity: int = 0
+    """equal for equal conversations and templates, whatever date a template writes into them"""
 
 
 def load_prompts(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prompts]:
@@ -78,10 +75,11 @@ def load_prompts(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prom
     names = [task.name for task in config.tasks]
     if twice := {name for name in names if names.count(name) > 1}:
         raise UserError(f"tasks: two are named {min(twice)}; give each a name of its own")
-    return {
-        task.name: Prompts(encode_seeds(read_task(task, tokenizer), tokenizer), sampling(task, config))
-        for task in config.tasks
-    }
+    found = {}
+    for task in config.tasks:
+        messages, ids = encoded(_read(task, tokenizer), tokenizer.source)
+        found[task.name] = Prompts(ids, sampling(task, config), unit_seed(0, messages, tokenizer.chat_template))
+    return found
 
 
 def refuse_long_prompts(tasks: Mapping[str, Prompts], source: str, model: Any, gamma: int = 0) -> None:
@@ -104,27 +102,29 @@ def read_task(task: TaskSection, tokenizer: Tokenizer) -> list[list[Message]]:
 
     Raises UserError where a field of the template is missing or nothing is left, DataError where files are.
     """
+    return [seed.messages for seed in _read(task, tokenizer)]
+
+
+def _read(task: TaskSection, tokenizer: Tokenizer) -> list[Seed]:
     template = task.template or (PRESETS[task.preset].template if task.preset else None)
     if template is None:
         same = task.model_dump(include={"prompt_field", "split", "held_out", "max_tokens", "limit"})
         seeds = SeedsSection(inputs=_inputs(task), format=task.preset or "prompt", turns="last", **same)
-        return read_seeds(seeds, tokenizer)
-    found: dict[str, list[Message]] = {}
+        return read_with_ids(seeds, tokenizer)
+    found: dict[str, Seed] = {}
     for record, where in placed_records(_inputs(task)):
         prompt = _fill(template, record, where)
         refuse_half_characters(prompt, where)
         messages: list[Message] = [{"role": "user", "content": prompt}]
-        if prompt and is_on_side(messages, task) and _fits(messages, task, tokenizer):
-            found[prompt] = messages
+        if prompt and prompt not in found and is_on_side(messages, task):
+            chat = encode_at(messages, where, tokenizer)
+            if task.max_tokens is None or len(chat.ids) <= task.max_tokens:
+                found[prompt] = Seed(messages, chat)
         if len(found) == task.limit:
             break
     if not found:
         raise UserError(f"task {task.name}: no prompts in it{because(task)}")
     return list(found.values())
-
-
-def _fits(messages: list[Message], task: TaskSection, tokenizer: Tokenizer) -> bool:
-    return task.max_tokens is None or len(tokenizer.encode_prompt(messages)) <= task.max_tokens
 
 
 def _inputs(task: TaskSection) -> str | list[str]:

@@ -145,14 +145,17 @@ def _special_ids(config: dict[str, Any], reference: Reference) -> Check:
 
 
 def _chat_template(folder: Path, reference: Reference) -> Check:
-    if reference.chat_template is None:
-        return Check("chat template", "ok", "the target has none")
     try:
-        found = served_chat_template(str(folder))
+        found = served_chat_template(folder)
     except UserError as error:
         return Check("chat template", "failed", f"{error}; {AGAIN}")
+    if not reference.chat_template:
+        if found:
+            mend = f"name the one that it is served with, chat_template=FILE, or {AGAIN}"
+            return Check("chat template", "warning", f"has one, and the target none; {mend}")
+        return Check("chat template", "ok", "none, as the target; chat_template=FILE names one")
     fault = None
-    if found is None:
+    if not found:
         fault = f"missing, the target has one; {AGAIN}"
     elif found != reference.chat_template:
         fault = f"another one than the target's; {AGAIN}"

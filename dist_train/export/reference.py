@@ -12,7 +12,7 @@ from dist_train.config import TargetSection
 from dist_train.errors import UserError
 from dist_train.models.load import read_generation_config, read_target_config
 from dist_train.models.target_tokenizer import named_tokenizer
-from dist_train.tokenizer import Tokenizer, refuse_torn
+from dist_train.tokenizer import Templates, Tokenizer, refuse_torn
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -29,22 +29,25 @@ class Reference:
     """`SPECIAL` as config.json has them; an id, a list of ids, or None"""
     generation: dict[str, Any]
     """`SPECIAL` as generation_config.json has them"""
-    chat_template: str | None
+    chat_template: Templates
     max_positions: int | None
 
 
-def reference_of_target(section: TargetSection) -> Reference:
-    """Read a target's configuration and tokenizer, not its weights. Raises UserError where one is missing."""
+def reference_of_target(section: TargetSection, chat_template: str | None = None) -> Reference:
+    """Read a target's configuration and tokenizer, not its weights. Raises UserError where one is missing.
+
+    `chat_template`: file or name of the one that its server is given, if it is not the tokenizer's own.
+    """
     config = read_target_config(section)
     special = {name: getattr(config, name, None) for name in SPECIAL}
-    tokenizer = named_tokenizer(section, None)
+    tokenizer = named_tokenizer(section, None, chat_template)
     return Reference(
         source=section.path,
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,
         special=special,
         generation=_generation_ids(section, special),
-        chat_template=served_chat_template(section.path, section.revision),
+        chat_template=tokenizer.chat_template,
         max_positions=getattr(config, "max_position_embeddings", None),
     )
 
@@ -68,16 +71,17 @@ def token_ids(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else sorted(ids) if isinstance(ids, list) else [ids]
 
 
-def served_chat_template(source: str, revision: str | None = None) -> str | None:
-    """The chat template that transformers, and with it a server, finds at `source`."""
+def served_chat_template(folder: Path) -> Templates:
+    """The chat template that transformers, and with it a server, finds in `folder`."""
     from transformers import AutoTokenizer
 
-    refuse_torn(Path(source))
+    refuse_torn(folder)
     try:
-        return AutoTokenizer.from_pretrained(source, revision=revision).chat_template
+        found: Templates = AutoTokenizer.from_pretrained(folder).chat_template
+        return found
     except Exception as error:  # what tokenizers raises for a torn file is no narrower
         reason = first_line(error)
-        raise UserError(f"{source}: transformers loads no tokenizer from it: {reason}") from error
+        raise UserError(f"{folder}: transformers loads no tokenizer from it: {reason}") from error
 
 
 def _generation_ids(section: TargetSection, special: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from dist_train.models.drafter import damaged_weights, find_model, load_drafter,
 from dist_train.models.load import read_target_config
 from dist_train.models.pairing import refuse_other_pieces
 from dist_train.models.target_tokenizer import load_target_tokenizer
-from dist_train.prompts.seeds import encode_seeds, read_seeds, refuse_long
+from dist_train.prompts.seeds import read_encoded_seeds, refuse_long
 from dist_train.runtime.process_group import quiet_libraries
 from dist_train.runtime.version import __version__
 from dist_train.tokenizer import load_tokenizer
@@ -50,10 +50,10 @@ def _reference(config: ExportConfig) -> Reference:
     """The target; or the tokenizer where there is no target. Raises UserError where both are named and differ."""
     if config.target is None:
         assert config.tokenizer is not None  # the configuration asks for it
-        return reference_of_tokenizer(load_tokenizer(config.tokenizer))
+        return reference_of_tokenizer(load_tokenizer(config.tokenizer, chat_template=config.chat_template))
     if config.tokenizer is not None:
         load_target_tokenizer(config.target, config.tokenizer)  # refuses another one
-    return reference_of_target(config.target)
+    return reference_of_target(config.target, config.chat_template)
 
 
 def _check_export(config: ExportConfig, reference: Reference) -> None:
@@ -76,7 +76,8 @@ def _check_export(config: ExportConfig, reference: Reference) -> None:
 
 def _check_folder(config: ExportConfig, target: str) -> int:
     """The gate on a folder that is there, one line a check."""
-    checks = gate(find_model(config.drafter), reference_of_target(TargetSection(path=target)), config.serving_length)
+    reference = reference_of_target(TargetSection(path=target), config.chat_template)
+    checks = gate(find_model(config.drafter), reference, config.serving_length)
     for one in checks:
         print(one)
     failed = sum(one.verdict == "failed" for one in checks)
@@ -142,7 +143,7 @@ def _prompts(
     section: SeedsSection, max_new_tokens: int, target: TargetSection, drafter: Path, reference: Reference
 ) -> list[list[int]]:
     """What is to be answered. Raises UserError where target or drafter has too few positions for it."""
-    prompts = encode_seeds(read_seeds(section, reference.tokenizer), reference.tokenizer)
+    prompts = read_encoded_seeds([section], reference.tokenizer).ids
     for source, model in ((target.path, read_target_config(target)), ("the drafter", read_drafter_config(drafter))):
         refuse_long(prompts, max_new_tokens, source, model, "max_tokens", " in prompts")
     return prompts

@@ -8,7 +8,7 @@ from dist_train.config import GenerateConfig
 from dist_train.models.load import DTYPES, read_target_config
 from dist_train.models.sizes import cached, parameters, render
 from dist_train.models.target_tokenizer import load_target_tokenizer
-from dist_train.prompts.seeds import encode_seeds, read_all_seeds
+from dist_train.prompts.seeds import read_encoded_seeds
 
 
 def memory_report(config: GenerateConfig, _world_size: int) -> str:
@@ -18,8 +18,8 @@ def memory_report(config: GenerateConfig, _world_size: int) -> str:
     """
     if config.engine.kind == "openai":
         return "# memory: the server's; no model is loaded here"
-    tokenizer = load_target_tokenizer(config.target, config.tokenizer)
-    prompts = encode_seeds(read_all_seeds([config.seeds, *config.more_seeds], tokenizer), tokenizer)
+    tokenizer = load_target_tokenizer(config.target, config.tokenizer, config.chat_template)
+    prompts = read_encoded_seeds([config.seeds, *config.more_seeds], tokenizer).ids
     target: Any = read_target_config(config.target)
     width, tokens = DTYPES[config.target.precision].itemsize, max(map(len, prompts)) + config.max_new_tokens
     estimate = {

@@ -21,7 +21,7 @@ from dist_train.generate.statistics import Stopwatch, gather
 from dist_train.models.load import read_generation_config, read_target_config, target_identity
 from dist_train.models.target import load_decoder
 from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
-from dist_train.prompts.seeds import encode_seeds, read_all_seeds, refuse_long
+from dist_train.prompts.seeds import read_encoded_seeds, refuse_long
 from dist_train.runtime.process_group import started
 from dist_train.runtime.progress import Progress, phase
 from dist_train.tokenizer import Tokenizer
@@ -76,9 +76,8 @@ class Generation:
 
     def __init__(self, config: GenerateConfig, device: torch.device | None = None) -> None:
         self._config, self._device = config, device
-        self._tokenizer = tokenizer = load_target_tokenizer(config.target, config.tokenizer)
-        self._seeds = read_all_seeds([config.seeds, *config.more_seeds], tokenizer)
-        self.prompts = encode_seeds(self._seeds, tokenizer)
+        self._tokenizer = tokenizer = load_target_tokenizer(config.target, config.tokenizer, config.chat_template)
+        self._seeds, self.prompts = read_encoded_seeds([config.seeds, *config.more_seeds], tokenizer)
         self.target = read_target_config(config.target)
         self._conditions = conditions(config)
         self._batches = -(-len(self._seeds) // config.batch_size)
@@ -103,7 +102,8 @@ class Generation:
             **self.origin,
             "precision": config.target.precision if config.engine.kind == "transformers" else None,
             "model": config.engine.model if config.engine.kind == "openai" else None,
-            "prompts": unit_seed(0, self.prompts),
+            # Not their ids: a template may write today's date, and a run goes on tomorrow.
+            "prompts": unit_seed(0, self._seeds, self._tokenizer.chat_template),
             **config.model_dump(
                 mode="json", include={"temperatures", "top_p", "samples", "max_new_tokens", "batch_size", "seed"}
             ),

@@ -10,7 +10,7 @@ import numpy as np
 from data_shards import Encoded, Encoding, Rejected
 from data_shards.inputs import Record
 from dist_train.config import PrepareConfig
-from dist_train.tokenizer import Tokenizer
+from dist_train.tokenizer import RefusedChatError, Tokenizer
 from dist_train.tokenizer.wordwise import Array
 
 
@@ -91,8 +91,12 @@ class ChatEncoder:
         for index, record in enumerate(records):
             if problem := self._problem(record):
                 rejected.append(Rejected(index, *problem))
-            else:
+                continue
+            try:
                 prompt, response = self._ids(record)
+            except RefusedChatError as error:
+                rejected.append(Rejected(index, "malformed", str(error)))
+            else:
                 documents.append([*prompt, *response])
                 masks.append([0] * len(prompt) + [1] * len(response))
         return Encoded(_flat(documents), _lengths(documents), _flat(masks), rejected)

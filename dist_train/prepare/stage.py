@@ -29,7 +29,7 @@ def check(config: PrepareConfig) -> None:
     else:
         find_files(_inputs(config))
     if config.tokenizer:
-        load_tokenizer(config.tokenizer)
+        load_tokenizer(config.tokenizer, chat_template=config.chat_template)
 
 
 def run(config: PrepareConfig) -> None:
@@ -57,7 +57,7 @@ def _verify(config: PrepareConfig, comm: Any) -> None:
 
 
 def _make(config: PrepareConfig, comm: Any) -> None:
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, chat_template=config.chat_template)
     is_chat = config.format == "chat"
     encoder = ChatEncoder(tokenizer, config) if is_chat else TextEncoder(tokenizer, config)
     began = time.monotonic()

@@ -23,6 +23,13 @@ class Placed(NamedTuple):
     where: Callable[[], str]
 
 
+class PlacedConversation(NamedTuple):
+    """A conversation, and what tells the place of the record that it is of, or that has its last message."""
+
+    messages: Conversation
+    where: Callable[[], str]
+
+
 _ROLES = {
     **{"system": "system", "user": "user", "assistant": "assistant"},
     **{"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"},
@@ -36,7 +43,7 @@ def placed_records(inputs: str | list[str]) -> Iterator[Placed]:
             yield Placed(record, partial(place, unit, where))
 
 
-def conversations(records: Iterable[Placed], section: SeedsSection) -> Iterator[Conversation]:
+def conversations(records: Iterable[Placed], section: SeedsSection) -> Iterator[PlacedConversation]:
     """The conversations in `records`, in their order. Raises UserError naming the place of a record that has none."""
     turns = section.turns or ("first" if section.format == "openassistant" else "last")
     if section.format == "openassistant":
@@ -52,7 +59,8 @@ def conversations(records: Iterable[Placed], section: SeedsSection) -> Iterator[
             )
         for message in messages:
             refuse_half_characters(message["content"], where)
-        yield from _cut(messages, turns)
+        for conversation in _cut(messages, turns):
+            yield PlacedConversation(conversation, where)
 
 
 def refuse_half_characters(text: str, where: Callable[[], str]) -> None:
@@ -147,7 +155,7 @@ def _messages(value: Any) -> Conversation | None:
 # -- OpenAssistant: one record a message, which names its parent ----------------------------------------------------
 
 
-def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
+def _trees(records: Iterable[Placed], turns: str) -> Iterator[PlacedConversation]:
     """Roots ("first"), every prompter's message with its path ("each"), or those that no prompter follows ("last")."""
     messages: dict[Any, Placed] = {}  # ids are texts, or numbers, of which a parent's may have become a float
     for record, where in records:
@@ -166,7 +174,7 @@ def _trees(records: Iterable[Placed], turns: str) -> Iterator[Conversation]:
     for record in prompts:
         path = _path(record["message_id"], messages)
         if path and record["message_id"] not in followed and all(message["content"].strip() for message in path):
-            yield path
+            yield PlacedConversation(path, messages[record["message_id"]].where)
 
 
 def _as_told(record: Record) -> tuple[Any, ...]:

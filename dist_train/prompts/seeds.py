@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_shards.errors import first_line
 from dist_train.config import SeedsSection, TaskSection
 from dist_train.errors import UserError
 from dist_train.prompts.formats import Conversation, Placed, conversations, placed_records
-from dist_train.tokenizer import Message, Tokenizer
+from dist_train.runtime.world import tell_once
+from dist_train.tokenizer import EncodedChat, Message, RefusedChatError, Tokenizer
 
 _SPLIT_KEY = b"dist-train held-out prompts"  # fixed for ever: another key would move prompts across
+
+
+class Seed(NamedTuple):
+    """A conversation up to where the answer begins, and its token ids; None where no tokenizer was given."""
+
+    messages: list[Message]
+    encoded: EncodedChat | None
+
+
+class EncodedSeeds(NamedTuple):
+    """Conversations, and the token ids of each."""
+
+    messages: list[list[Message]]
+    ids: list[list[int]]
 
 
 def read_seeds(
@@ -23,15 +38,11 @@ def read_seeds(
 ) -> list[list[Message]]:
     """The conversations of a source in file order, each up to where the answer begins; repeated ones once.
 
-    Two that differ only in white space are the same. `tokenizer` is needed where the section limits tokens. `but`: what
-    other sources had, which is left out here; this source's are added. Raises UserError when the prompt field is
-    missing, and when nothing is left.
+    Two that differ only in white space are the same. `tokenizer`: those that its chat template refuses are named, or
+    left out, as the section says; needed where the section limits tokens. `but`: what other sources had, which is left
+    out here; this source's are added. Raises UserError when the prompt field is missing, and when nothing is left.
     """
-    seen: set[str] = set() if but is None else but
-    found = list(islice(_wanted(section, tokenizer, seen), section.limit))
-    if not found and but is None:
-        raise UserError(f"{section.source}: no prompts in it{because(section)}")
-    return found
+    return [seed.messages for seed in read_with_ids(section, tokenizer, but)]
 
 
 def read_all_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer | None) -> list[list[Message]]:
@@ -39,16 +50,28 @@ def read_all_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer | None
 
     `tokenizer` as for `read_seeds`.
     """
-    seen: set[str] = set()
-    found = [messages for section in sections for messages in read_seeds(section, tokenizer, but=seen)]
-    if not found:
-        raise UserError(f"{sections[0].source}: no prompts in it{because(sections[0])}")
-    return found
+    return [seed.messages for seed in _read_all(sections, tokenizer)]
 
 
-def encode_seeds(seeds: Sequence[Sequence[Message]], tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of each conversation, up to where the answer begins."""
-    return [tokenizer.encode_prompt(messages) for messages in seeds]
+def read_encoded_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer) -> EncodedSeeds:
+    """As `read_all_seeds`, with token ids up to where the answer begins."""
+    return encoded(_read_all(sections, tokenizer), tokenizer.source)
+
+
+def encoded(seeds: Sequence[Seed], source: str) -> EncodedSeeds:
+    """The two sides of encoded seeds; says how many spell out special tokens of the tokenizer `source`."""
+    found = [(seed.messages, seed.encoded) for seed in seeds if seed.encoded is not None]
+    if by_parts := sum(chat.by_parts for _, chat in found):
+        tell_once(f"{source}: {by_parts:,} of {len(found):,} prompts spell out its special tokens, which stay text")
+    return EncodedSeeds([messages for messages, _ in found], [chat.ids for _, chat in found])
+
+
+def encode_at(messages: Conversation, where: Callable[[], str], tokenizer: Tokenizer) -> EncodedChat:
+    """A conversation's token ids. Raises RefusedChatError with its place where the chat template refuses it."""
+    try:
+        return tokenizer.encode_chat(messages)
+    except RefusedChatError as error:
+        raise RefusedChatError(f"{where()}: {error}") from None
 
 
 def refuse_long(
@@ -94,20 +117,46 @@ def because(section: SeedsSection | TaskSection) -> str:
     return f" with {', '.join(told)}" if told else ""
 
 
-def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str]) -> Iterator[list[Message]]:
-    limits_tokens = section.min_tokens > 0 or section.max_tokens is not None
-    if limits_tokens and tokenizer is None:
+def _read_all(sections: Sequence[SeedsSection], tokenizer: Tokenizer | None) -> list[Seed]:
+    seen: set[str] = set()
+    found = [seed for section in sections for seed in read_with_ids(section, tokenizer, seen)]
+    if not found:
+        raise UserError(f"{sections[0].source}: no prompts in it{because(sections[0])}")
+    return found
+
+
+def read_with_ids(section: SeedsSection, tokenizer: Tokenizer | None, but: set[str] | None = None) -> list[Seed]:
+    """As `read_seeds`, with the token ids where there is a tokenizer."""
+    refused: list[str] = []
+    found = list(islice(_wanted(section, tokenizer, set() if but is None else but, refused), section.limit))
+    if refused:
+        tell_once(f"{section.source}: {len(refused):,} conversations left out; the first: {refused[0]}")
+    if not found and but is None:
+        raise UserError(f"{section.source}: no prompts in it{because(section)}")
+    return found
+
+
+def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str], refused: list[str]) -> Iterator[Seed]:
+    """Seeds not yet `seen`; what the chat template says of those left out goes to `refused`."""
+    if (section.min_tokens > 0 or section.max_tokens is not None) and tokenizer is None:
         raise UserError(f"{section.source}: min_tokens and max_tokens have no effect here; leave them out")
-    for messages in conversations(_records(section), section):
+    for messages, where in conversations(_records(section), section):
         key = _key(messages)
         if not messages or key in seen or not is_on_side(messages, section):
             continue
         seen.add(key)
-        if limits_tokens and tokenizer is not None:
-            count = len(tokenizer.encode_prompt(messages))
-            if not section.min_tokens <= count <= (section.max_tokens or count):
-                continue
-        yield messages
+        if tokenizer is None:
+            yield Seed(messages, None)
+            continue
+        try:
+            chat = encode_at(messages, where, tokenizer)
+        except RefusedChatError as error:
+            if section.malformed == "stop":
+                raise UserError(f"{error}; take it out, or set malformed=skip in its section of seeds") from None
+            refused.append(str(error))
+            continue
+        if section.min_tokens <= len(chat.ids) <= (section.max_tokens or len(chat.ids)):
+            yield Seed(messages, chat)
 
 
 def _key(messages: Conversation) -> str:

@@ -62,7 +62,8 @@ def check_rest(config: Any, awaited: Collection[str]) -> None:
     size = read_target_config(target).vocab_size if target else None
     tokenizer, trains = None, hasattr(config, "data")
     if "tokenizer" in given:
-        tokenizer = load_target_tokenizer(target, given["tokenizer"], strict=not trains)
+        template = getattr(config, "chat_template", None)
+        tokenizer = load_target_tokenizer(target, given["tokenizer"], template, strict=not trains)
     for key, text in given.items():
         if key.startswith("drafter"):
             check_drafter(Path(text), key, size, tokenizer)
@@ -70,9 +71,11 @@ def check_rest(config: Any, awaited: Collection[str]) -> None:
             check_corpus(Path(text), tokenizer, config)
     if tokenizer is None:
         return
+    renders = target is not None or bool(tokenizer.chat_template)  # else it may come with the target
     if seeds := [section for key, section in _seeds(config) if f"{key}.inputs" not in awaited]:
-        read_all_seeds(seeds, tokenizer)
-    if hasattr(config, "tasks"):
+        unlimited = [section.model_copy(update={"min_tokens": 0, "max_tokens": None}) for section in seeds]
+        read_all_seeds(seeds if renders else unlimited, tokenizer if renders else None)
+    if renders and hasattr(config, "tasks"):
         tasks = [task for i, task in enumerate(config.tasks) if f"tasks.{i}.inputs" not in awaited]
         load_prompts(config.model_copy(update={"tasks": tasks}), tokenizer)
 

@@ -4,7 +4,8 @@ A tokenizer that comes as a sentencepiece model is run by sentencepiece itself, 
 export; one that exists only as Hugging Face files by `tokenizers`.
 """
 
-from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Message, Tokenizer
+from dist_train.tokenizer.base import EncodedChat, Tokenizer
+from dist_train.tokenizer.chat import Message, RefusedChatError, Templates
 from dist_train.tokenizer.check import PROBES, conversion_note, differences, piece_difference
 from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
 from dist_train.tokenizer.load import load_tokenizer, refuse_torn
@@ -12,11 +13,13 @@ from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer
 from dist_train.tokenizer.train import train_tokenizer
 
 __all__ = [
-    "LLAMA2_CHAT_TEMPLATE",
     "PROBES",
+    "EncodedChat",
     "HuggingFaceTokenizer",
     "Message",
+    "RefusedChatError",
     "SentencePieceTokenizer",
+    "Templates",
     "Tokenizer",
     "conversion_note",
     "differences",

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import json
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from dist_train.errors import UserError
+from dist_train.tokenizer.chat import ChatTemplate, Message, RefusedChatError, Templates
+from dist_train.tokenizer.special import Marks, SpecialTokens
 from dist_train.tokenizer.wordwise import Array
 
-LLAMA2_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'user' %}{{ bos_token + '[INST] ' + message['content'] | trim + ' [/INST]' }}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}"
-    "{% else %}{{ raise_exception('this template knows the roles user and assistant') }}{% endif %}"
-    "{% endfor %}"
-)
 
-Message = dict[str, str]
+class EncodedChat(NamedTuple):
+    """A conversation up to where the assistant's next answer begins."""
 
-_HOLDER = "\ue000{}\ue001"  # stands for a message's content; private-use characters are in no template
+    ids: list[int]
+    by_parts: bool
+    """Whether special tokens and the texts between them were encoded one by one, because a message spells out a special
+    token, which stays text; else it was the rendered text as a whole, which is what a server does."""
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. Special ids never come out of text that a user wrote; `encode_chat` inserts them as ids."""
+    """Text to ids and back. Special ids never come out of text that a user wrote, but of the chat template alone."""
 
     source: str
     vocab_size: int
@@ -39,8 +35,22 @@ class Tokenizer(ABC):
     byte_fallback: bool
     """whether a character without a piece becomes its bytes' pieces"""
     sha256: str
-    special_ids: dict[str, int]
-    chat_template: str
+    special: SpecialTokens
+    chat: ChatTemplate
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Special token to id."""
+        return self.special.ids
+
+    @property
+    def chat_template(self) -> Templates:
+        """As it is stored with the tokenizer: one template, several by name, or none."""
+        return self.chat.stored
+
+    @abstractmethod
+    def use_chat_template(self, templates: Templates) -> None:
+        """Put another chat template in the place of the stored one."""
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -69,68 +79,64 @@ class Tokenizer(ABC):
         return self.encode_batch([text])[0]
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Ids of a conversation up to where the assistant's next answer begins.
+        """The ids of `encode_chat`."""
+        return self.encode_chat(messages).ids
 
-        The chat template is rendered around place-holders, so that its special tokens can be told from those which a
-        message spells out: the former become ids, the latter stay text. Raises UserError when the template refuses the
-        messages or rewrites their content.
+    def encode_chat(self, messages: Sequence[Message]) -> EncodedChat:
+        """Ids of a conversation, rendered by its chat template.
+
+        They are those that a server makes of the same messages, save where a message spells out a special token: there
+        it stays text. Raises RefusedChatError where these messages cannot be rendered, or the tokens that they spell
+        out not be told from the template's, and UserError where nothing can.
         """
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._layouts:
-            self._layouts[roles] = self._layout(roles)
+        rendered = self.chat.render(messages)
+        spells = [message["content"] for message in messages if self.special.may_hide_in(message["content"])]
+        parts = self._parts(messages, rendered, spells) if spells else None
+        if parts is None:
+            return EncodedChat(self._encode_whole(rendered), by_parts=False)
+        return EncodedChat(self._encode_parts(parts), by_parts=True)
 
-        def content(holder: re.Match[str]) -> str:
-            text = messages[int(holder[2])]["content"]
-            return text if holder[1] else text.strip()  # the template trims if it took the wide spaces off
+    def _parts(self, messages: Sequence[Message], rendered: str, spells: Sequence[str]) -> list[str | int] | None:
+        """The template's special ids, and the texts between them; None where there are no other special tokens.
 
-        ids: list[int] = []
-        for part in self._layouts[roles]:
-            if part in self.special_ids:
-                ids.append(self.special_ids[part])
-            else:
-                ids += self.encode(re.sub("(\u2002?)\ue000(\\d+)\ue001\u2002?", content, part))
-        return ids
-
-    @cached_property
-    def _layouts(self) -> dict[tuple[str, ...], list[str]]:
-        """Rendered templates by roles: rendering is a hundred times slower than encoding."""
-        return {}
-
-    def _layout(self, roles: tuple[str, ...]) -> list[str]:
-        """The template around place-holders for each role's message, cut at its special tokens."""
-        messages = [{"role": role, "content": f"\u2002{_HOLDER.format(i)}\u2002"} for i, role in enumerate(roles)]
-        rendered = _render(self, messages)
-        for i in range(len(roles)):
-            if _HOLDER.format(i) not in rendered:
-                raise UserError(f"{self.source}: its chat template does not keep the content of message {i}")
-        return list(_split_at(rendered, self.special_ids))
-
-
-def _render(tokenizer: Tokenizer, messages: Sequence[Message]) -> str:
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(reason: str) -> None:
-        raise UserError(f"{tokenizer.source}: its chat template refuses the conversation: {reason}")
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False)
-    environment.globals["raise_exception"] = refuse
-    try:
-        return environment.from_string(tokenizer.chat_template).render(
-            messages=list(messages),
-            add_generation_prompt=True,
-            bos_token="" if tokenizer.bos_id is None else tokenizer.piece(tokenizer.bos_id),
-            eos_token=tokenizer.piece(tokenizer.eos_id),
+        Raises RefusedChatError where they cannot be told apart.
+        """
+        marks = self.special.marks(spells, rendered)
+        if marks is not None:
+            found = self._marked(messages, marks, edges=True)
+            parts, as_read = self.special.cut(found), self.special.cut(rendered)
+            ids, ids_read = _ids(parts), _ids(as_read)
+            kept = found.translate(marks.table) == rendered
+            if not kept:  # the template may look at what a message begins or ends with
+                found = self._marked(messages, marks, edges=False)
+                parts = self.special.cut(found)
+                kept = found.translate(marks.table) == rendered and _ids(parts) == ids
+            if ids == ids_read and (kept or not {self.special_ids[token] for token in marks.of} & {*ids_read}):
+                return None  # what was spelled out, the template has dropped
+            # By parts must be as by the whole, were it not for what is spelled out.
+            if kept and self._encode_parts(as_read) == self._encode_whole(rendered):
+                return [part if isinstance(part, int) else part.translate(marks.table) for part in parts]
+        raise RefusedChatError(
+            f"{self.source}: a message spells out special tokens, and its chat template rewrites messages so that "
+            "these cannot be told from its own; take them out of the message"
         )
-    except jinja2.TemplateError as error:
-        raise UserError(f"{tokenizer.source}: its chat template cannot be rendered: {error}") from error
+
+    def _marked(self, messages: Sequence[Message], marks: Marks, *, edges: bool) -> str:
+        """The conversation rendered with marks in its messages."""
+        contents = (self.special.marked(message["content"], marks, edges=edges) for message in messages)
+        return self.chat.render(
+            [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+        )
+
+    def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        """Ids of special tokens and texts in a row."""
+        texts = iter(self.encode_batch([part for part in parts if isinstance(part, str)]))
+        return [i for part in parts for i in ([part] if isinstance(part, int) else next(texts))]
+
+    def _encode_whole(self, rendered: str) -> list[int]:
+        """Ids of a rendered conversation in which all special tokens are the template's."""
+        return self._encode_parts(self.special.cut(rendered))
 
 
-def _split_at(text: str, special: dict[str, int]) -> Iterator[str]:
-    """Cut a text before and after each special token in it; the longest one wins where several begin."""
-    longest_first = sorted(special, key=len, reverse=True)
-    pattern = "|".join(re.escape(token) for token in longest_first)
-    yield from (piece for piece in re.split(f"({pattern})", text) if piece)
+def _ids(parts: Sequence[str | int]) -> list[int]:
+    return [part for part in parts if isinstance(part, int)]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from data_shards.errors import first_line
 from dist_train.errors import UserError
-from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
+from dist_train.tokenizer.base import Tokenizer
+from dist_train.tokenizer.chat import ChatTemplate, Templates
+from dist_train.tokenizer.special import SpecialTokens
 
+_LEAD = "\n"  # before a text that is no beginning; taken off again
 _MEND = "put tokenizer.json or tokenizer.model there, or set tokenizer to a folder that has one"
 
 
@@ -41,14 +45,43 @@ class HuggingFaceTokenizer(Tokenizer):
         self.adds_bos = self.bos_id is not None and self._tokenizer("a").input_ids[:1] == [self.bos_id]
         backend = json.loads(self._tokenizer.backend_tokenizer.to_str())
         self.byte_fallback = bool(backend["model"].get("byte_fallback"))
-        self.special_ids = {str(token): i for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
-        self.chat_template = self._tokenizer.chat_template or LLAMA2_CHAT_TEMPLATE
+        special = {str(token): (i, token) for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        self.special = SpecialTokens(
+            {token: i for token, (i, _) in special.items()},
+            strips_left=[token for token, (_, flags) in special.items() if flags.lstrip],
+            strips_right=[token for token, (_, flags) in special.items() if flags.rstrip],
+        )
+        self.chat = ChatTemplate(self._tokenizer, source)
+
+    def use_chat_template(self, templates: Templates) -> None:
+        """Put another chat template in the place of the stored one."""
+        self._tokenizer.chat_template = templates
+        self.chat = ChatTemplate(self._tokenizer, self.source)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without special tokens, also where the text spells one out."""
         if not texts:
             return []
         return self._tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def _encode_whole(self, rendered: str) -> list[int]:
+        return self._tokenizer(rendered, add_special_tokens=False).input_ids
+
+    def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:
+        lead = _LEAD if self._begins_once else ""
+        skipped = len(self.encode(lead)) if lead else 0
+        texts = [part if i == 0 else lead + part for i, part in enumerate(parts) if isinstance(part, str)]
+        encoded = iter(self.encode_batch(texts))
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            ids += [part] if isinstance(part, int) else next(encoded)[skipped if i else 0 :]
+        return ids
+
+    @cached_property
+    def _begins_once(self) -> bool:
+        """Whether only the beginning of all gets a space before it, and no text after a special token."""
+        token, token_id = next(iter(self.special_ids.items()), ("", None))
+        return self._encode_whole(f"{token}a") != [*([] if token_id is None else [token_id]), *self.encode("a")]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; special ids leave no trace."""

@@ -8,17 +8,27 @@ from typing import Any
 
 from data_shards.errors import first_line
 from dist_train.errors import UserError
-from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
+from dist_train.tokenizer.base import Tokenizer
+from dist_train.tokenizer.chat import read_template
 from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
 from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer, load_processor
 
 
-def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer:
+def load_tokenizer(source: str | Path, revision: str | None = None, chat_template: str | None = None) -> Tokenizer:
     """The tokenizer at `source`: a sentencepiece `.model` file, a Hugging Face folder, or a hub id at `revision`.
 
-    A folder with a `tokenizer.model` that covers its whole vocabulary is run by sentencepiece. Raises UserError when
-    there is no tokenizer at `source`.
+    A folder with a `tokenizer.model` that covers its whole vocabulary is run by sentencepiece. `chat_template`: file of
+    one, or name of a packaged one, instead of what is stored with the tokenizer. Raises UserError when there is no
+    tokenizer at `source`, or no such template.
     """
+    template = None if chat_template is None else read_template(chat_template)
+    tokenizer = _load(source, revision)
+    if template is not None:
+        tokenizer.use_chat_template(template)
+    return tokenizer
+
+
+def _load(source: str | Path, revision: str | None) -> Tokenizer:
     path = Path(source)
     if path.is_file():
         return SentencePieceTokenizer(path)
@@ -30,7 +40,7 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     model = path / "tokenizer.model"
     if model.exists() and not _adds_tokens(path, model):
         adds_bos = _read_json(path / "tokenizer_config.json").get("add_bos_token", True)
-        return SentencePieceTokenizer(model, _stored_chat_template(path) or LLAMA2_CHAT_TEMPLATE, adds_bos=adds_bos)
+        return SentencePieceTokenizer(model, path, adds_bos=adds_bos)
     return HuggingFaceTokenizer(str(path))
 
 
@@ -44,7 +54,7 @@ def _download(hub_id: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["tokenizer*", "special_tokens*", "chat_template*", "*.json"]
+        wanted = ["tokenizer*", "special_tokens*", "chat_template*", "additional_chat_templates/*", "*.json"]
         return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted))
     except Exception as error:
         reason = first_line(error)
@@ -58,13 +68,6 @@ def _adds_tokens(folder: Path, model: Path) -> bool:
     added += [int(i) for i in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})]
     added += list(_read_json(folder / "added_tokens.json").values())
     return any(i >= size for i in added)
-
-
-def _stored_chat_template(folder: Path) -> str | None:
-    if (folder / "chat_template.jinja").exists():
-        return (folder / "chat_template.jinja").read_text()
-    template = _read_json(folder / "tokenizer_config.json").get("chat_template")
-    return template if isinstance(template, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

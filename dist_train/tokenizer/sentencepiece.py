@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dist_train.errors import UserError
-from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
+from dist_train.tokenizer.base import Tokenizer
+from dist_train.tokenizer.chat import ChatTemplate, Templates, template_reader
+from dist_train.tokenizer.special import SpecialTokens
 from dist_train.tokenizer.wordwise import Array, WordwiseEncoder, can_split
 
 if TYPE_CHECKING:
@@ -35,7 +37,8 @@ def load_processor(model: Path) -> sentencepiece.SentencePieceProcessor:
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `tokenizer.model`, run by sentencepiece."""
 
-    def __init__(self, model: Path, chat_template: str = LLAMA2_CHAT_TEMPLATE, *, adds_bos: bool = True) -> None:
+    def __init__(self, model: Path, folder: Path | None = None, *, adds_bos: bool = True) -> None:
+        """`folder`: what Hugging Face has beside the model, of which the chat template is taken."""
         self._processor = load_processor(model)
         self.source = str(model)
         self._model = model.read_bytes()
@@ -46,10 +49,21 @@ class SentencePieceTokenizer(Tokenizer):
         self.adds_bos = adds_bos and self.bos_id is not None
         self.byte_fallback = any(self._processor.is_byte(i) for i in range(self.vocab_size))
         controls = (self._processor.is_control, self._processor.is_unknown)
-        self.special_ids = {
-            self.piece(i): i for i in range(self.vocab_size) if any(is_special(i) for is_special in controls)
-        }
-        self.chat_template = chat_template
+        self.special = SpecialTokens(
+            {self.piece(i): i for i in range(self.vocab_size) if any(is_special(i) for is_special in controls)}
+        )
+        self._templates = template_reader(folder, self._named_special())
+        self.chat = ChatTemplate(self._templates, self.source)
+
+    def _named_special(self) -> dict[str, str]:
+        """The special tokens that a chat template knows by name."""
+        ids = {"bos_token": self.bos_id, "eos_token": self.eos_id, "unk_token": self._processor.unk_id()}
+        return {name: self.piece(i) for name, i in ids.items() if i is not None}
+
+    def use_chat_template(self, templates: Templates) -> None:
+        """Put another chat template in the place of the stored one."""
+        self._templates.chat_template = templates
+        self.chat = ChatTemplate(self._templates, self.source)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without BOS or EOS."""
@@ -80,12 +94,11 @@ class SentencePieceTokenizer(Tokenizer):
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": self.adds_bos,
             "add_eos_token": False,
-            "bos_token": None if self.bos_id is None else self.piece(self.bos_id),
-            "eos_token": self.piece(self.eos_id),
-            "unk_token": self.piece(self._processor.unk_id()),
+            "bos_token": None,
+            **self._named_special(),
             "clean_up_tokenization_spaces": False,
             "model_max_length": int(1e30),
-            "chat_template": self.chat_template,
+            "chat_template": _as_stored(self.chat_template),
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
@@ -133,3 +146,10 @@ class SentencePieceTokenizer(Tokenizer):
             [tokenizers.AddedToken(piece, special=True, normalized=False) for piece in self.special_ids]
         )
         return tokenizer
+
+
+def _as_stored(templates: Templates) -> str | list[dict[str, str]] | None:
+    """As tokenizer_config.json holds one template, or several."""
+    if not isinstance(templates, dict):
+        return templates
+    return [{"name": name, "template": template} for name, template in templates.items()]

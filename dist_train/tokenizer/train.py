@@ -6,19 +6,23 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from dist_train.errors import UserError
+from dist_train.tokenizer.chat import read_template
 from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer
 
 
-def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int, *, threads: int = 2) -> SentencePieceTokenizer:
+def train_tokenizer(
+    texts: Iterable[str], out: Path, vocab_size: int, *, chat_template: str | None = "llama2", threads: int = 2
+) -> SentencePieceTokenizer:
     """Train a model with the settings of Llama 2's own: BPE, byte fallback, digits split, spaces kept, dummy prefix.
 
-    `out` is the folder that gets `tokenizer.model` and its conversions. Raises UserError when the text is too little
-    for the vocabulary.
+    `out` is the folder that gets `tokenizer.model`, its conversions and the chat template, a file or the name of a
+    packaged one. Raises UserError when the text is too little for the vocabulary, or there is no such template.
     """
     import io
 
     import sentencepiece
 
+    template = None if chat_template is None else read_template(chat_template)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -46,6 +50,7 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int, *, threads
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = SentencePieceTokenizer(out / "tokenizer.model")
+    tokenizer.use_chat_template(template)
     tokenizer.save(out)
     return tokenizer
 

@@ -61,6 +61,36 @@ def test_ids_and_template_are_the_targets(tiny, command, tmp_path):
     assert command("export", "--check", tiny.target, f"drafter={out}")[0] == 1
 
 
+def templated(tiny, folder, templates):
+    """The tiny target with other chat templates, or none."""
+    shutil.copytree(tiny.target, folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": templates}))
+    return folder
+
+
+def test_named_templates_are_written_with_their_names(tiny, command, tmp_path):
+    named = [
+        {"name": name, "template": f"{{{{ '{name}' }}}}{{{{ messages[0].content }}}}"} for name in ("default", "rag")
+    ]
+    target, out = templated(tiny, tmp_path / "target", named), tmp_path / "out"
+    assert command("export", f"drafter={tiny.drafter}", f"target.path={target}", f"out={out}")[0] == 0
+    assert AutoTokenizer.from_pretrained(out).chat_template == {one["name"]: one["template"] for one in named}
+
+
+def test_of_a_target_without_a_template_none_is_made_up(tiny, command, refused, tmp_path):
+    target, out = templated(tiny, tmp_path / "target", None), tmp_path / "out"
+    words = ["export", f"drafter={tiny.drafter}", f"target.path={target}"]
+    prompts = f"prompts={{inputs: {tiny.chat_lines}, limit: 2}}"
+    assert "has no chat template; name the one" in refused(*words, f"out={out}", prompts)
+    assert command(*words, f"out={out}")[0] == 0
+    assert AutoTokenizer.from_pretrained(out).chat_template is None
+    code, told, _ = command("export", "--check", target, f"drafter={tiny.drafter}")
+    assert (code, "warning  chat template: has one, and the target none" in told) == (0, True)
+    assert command(*words, f"out={tmp_path / 'named'}", prompts, "max_new_tokens=4", "chat_template=llama2")[0] == 0
+    assert "[INST]" in AutoTokenizer.from_pretrained(tmp_path / "named").chat_template
+
+
 def test_the_card_has_the_training_and_the_measurements(tiny, command, tmp_path):
     run, results, out = tmp_path / "run", tmp_path / "results", tmp_path / "out"
     run_by(1, *distillation(tiny, run, f"drafter.init_from={tiny.drafter}", steps=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 
 import pytest
 from generations import generation
@@ -175,6 +176,32 @@ def test_where_and_limits(seeds, tiny):
         seeds(records, tokenizer, max_tokens=2)
     with pytest.raises(UserError, match="where: a record has no 'language'"):
         seeds(records, where={"language": "en"})
+
+
+TURNS = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no turns') }}"
+    "{% endif %}{{ m.content }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("format", ["chat", "openassistant"])
+def test_a_conversation_that_the_template_refuses_is_named_or_counted(tmp_path, tiny, capfd, format):
+    (tmp_path / "turns.jinja").write_text(TURNS)
+    tokenizer = load_tokenizer(tiny.tokenizer, chat_template=str(tmp_path / "turns.jinja"))
+    records = [{"messages": THREE}, {"messages": [user("a"), user("b")]}, {"messages": [user("the model")]}]
+    if format == "openassistant":
+        one = {"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"}
+        two = {"message_id": "2", "parent_id": "1", "text": "b", "role": "prompter"}
+        records = [one, two, {**one, "message_id": "3", "text": "the model"}]
+    path = tmp_path / "seeds.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    section = SeedsSection(inputs=str(path), format=format, turns="last")
+    with pytest.raises(UserError, match=r"seeds\.jsonl:2: .*refuses the conversation: no turns.*malformed=skip"):
+        read_all_seeds([section], tokenizer)
+    kept = read_all_seeds([section.model_copy(update={"malformed": "skip"})], tokenizer)
+    assert kept[-1] == [user("the model")]
+    assert len(kept) == 2
+    assert re.search(r"seeds\.jsonl: 1 conversations left out; the first: .*:2: ", capfd.readouterr().err)
 
 
 def test_no_prompt_is_ever_on_both_sides(seeds):
