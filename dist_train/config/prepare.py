@@ -14,11 +14,11 @@ class FaultsSection(Section):
     """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
 
     malformed: Literal["stop", "skip"] = "stop"
-    """a line that is not a JSON object"""
+    """a line that is not a JSON object, or a value that is not a text, or not token ids, where one is wanted"""
     encoding: Literal["stop", "skip"] = "stop"
     """text that is not UTF-8"""
     too_long: Literal["stop", "skip"] = "stop"
-    """a line longer than max_bytes"""
+    """a line, or a row of Parquet, longer than max_bytes"""
     empty: Literal["stop", "skip"] = "skip"
     """no text, or no response"""
     max_bytes: PositiveInt = 50_000_000
@@ -28,7 +28,8 @@ class PrepareConfig(Section):
     """dist-train prepare: text or conversations to token shards."""
 
     inputs: str | list[str] = Field(default=[])
-    """files, folders, globs or URLs (hf://datasets/...): JSONL (.gz, .zst), Parquet, text (one document a line)"""
+    """files, folders, globs or URLs (hf://datasets/..., https://...): JSONL or JSON arrays (.gz, .zst), Parquet, text
+    (one document a line)"""
     dataset: DatasetSection | None = None
     """instead of inputs: a dataset of the hub, its files read as they are, as a stream"""
     tokenizer: str = ""
@@ -42,7 +43,7 @@ class PrepareConfig(Section):
     text_field: str = "text"
     prompt_field: str = "prompt"
     response_field: str = "response"
-    """prompt_ids and response_ids, where a record has them (what generate writes), go before the texts"""
+    """prompt_ids and response_ids, where a record has both (what generate writes), go before the texts"""
     bos: bool = True
     """begin each text document with BOS"""
     eos: bool = True
@@ -50,7 +51,7 @@ class PrepareConfig(Section):
     sequence_length: PositiveInt = 2048
     """tokens per sequence into which conversations are packed"""
     shard_bytes: PositiveInt = 64 << 20
-    """input bytes per shard; a compressed file is one shard"""
+    """input bytes per shard; a compressed file, or a JSON array, is one shard"""
     faults: FaultsSection = FaultsSection()
 
     @model_validator(mode="after")
