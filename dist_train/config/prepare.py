@@ -7,21 +7,14 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dist_train.config.base import DatasetSection, Section
+from dist_train.config.base import DatasetSection, ReadFaultsSection, Section
 
 
-class FaultsSection(Section):
+class FaultsSection(ReadFaultsSection):
     """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
 
-    malformed: Literal["stop", "skip"] = "stop"
-    """a line that is not a JSON object, or a value that is not a text, or not token ids, where one is wanted"""
-    encoding: Literal["stop", "skip"] = "stop"
-    """text that is not UTF-8"""
-    too_long: Literal["stop", "skip"] = "stop"
-    """a line, or a row of Parquet, longer than max_bytes"""
     empty: Literal["stop", "skip"] = "skip"
     """no text, or no response"""
-    max_bytes: PositiveInt = 50_000_000
 
 
 class PrepareConfig(Section):

@@ -108,7 +108,7 @@ def read_task(task: TaskSection, tokenizer: Tokenizer) -> list[list[Message]]:
     if template is None:
         same = task.model_dump(include={"prompt_field", "split", "held_out", "max_tokens", "limit"})
         seeds = SeedsSection(inputs=_inputs(task), format=task.preset or "prompt", turns="last", **same)
-        return read_seeds(seeds, tokenizer)
+        return read_seeds(seeds, tokenizer, key="")
     found: dict[str, list[Message]] = {}
     for record, where in placed_records(_inputs(task)):
         prompt = _fill(template, record, where)

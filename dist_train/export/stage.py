@@ -141,7 +141,7 @@ def _prompts(
     section: SeedsSection, max_new_tokens: int, target: TargetSection, drafter: Path, reference: Reference
 ) -> list[list[int]]:
     """What is to be answered. Raises UserError where target or drafter has too few positions for it."""
-    prompts = encode_seeds(read_seeds(section, reference.tokenizer), reference.tokenizer)
+    prompts = encode_seeds(read_seeds(section, reference.tokenizer, key="prompts"), reference.tokenizer)
     for source, model in ((target.path, read_target_config(target)), ("the drafter", read_drafter_config(drafter))):
         refuse_long(prompts, max_new_tokens, source, model, "max_tokens", " in prompts")
     return prompts
