@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import orjson
 
-from data_shards.errors import DataError, first_line
+from data_shards.errors import DataError, first_line, listed
 from data_shards.faults import STRICT, Faults
 from data_shards.files import TEMPORARY
 from data_shards.lines import ArrayError, array_items, is_array, lines_in, numbered_lines
@@ -126,6 +126,17 @@ def is_cut_by_size(path: str) -> bool:
 def read_records(unit: Unit) -> Iterator[Record]:
     """The records of one unit in file order. Raises DataError naming file and line of the first fault."""
     return (located.record for located in read_located(unit, STRICT))
+
+
+def read_texts(inputs: str | Sequence[str], field: str = "text") -> Iterator[str]:
+    """One field of all records. Raises DataError naming file and line of the first fault, or record without a text."""
+    for unit in plan_units(find_files(inputs)):
+        for where, record in read_located(unit, STRICT, [field]):
+            if isinstance(text := record.get(field), str):
+                yield text
+            else:
+                reason = f"the record has no text in {field!r}; its fields are {listed(record)} (set the field's name)"
+                STRICT.note("malformed", partial(place, unit, where), reason)
 
 
 def read_located(unit: Unit, faults: Faults, fields: Collection[str] | None = None) -> Iterator[Located]:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from data_shards.errors import listed
 from data_shards.inputs import Record, dataset_files
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
 from dist_train.errors import UserError
@@ -168,7 +169,7 @@ def _fill(template: str, record: Record, where: Callable[[], str]) -> str:
     except LookupError:
         raise UserError(
             f"{where()}: the record does not have what the prompt {template!r} is made of, texts or numbers; its "
-            f"fields are {', '.join(record)}; mend it, take it out, or name another template or preset"
+            f"fields are {listed(record)}; mend it, take it out, or name another template or preset"
         ) from None
     except ValueError as error:
         raise UserError(

@@ -13,16 +13,17 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int, *, threads
     """Train a model with the settings of Llama 2's own: BPE, byte fallback, digits split, spaces kept, dummy prefix.
 
     `out` is the folder that gets `tokenizer.model` and its conversions. Raises UserError when the text is too little
-    for the vocabulary.
+    for the vocabulary; what reading the texts raises goes through.
     """
     import io
 
     import sentencepiece
 
     model = io.BytesIO()
+    failures: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=_noting(_sentences(texts), failures),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -42,12 +43,23 @@ def train_tokenizer(texts: Iterable[str], out: Path, vocab_size: int, *, threads
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:  # the trainer made a text of several lines of it
+            raise failures[0] from None
         raise UserError(f"a vocabulary of {vocab_size} cannot be trained on this text: {error}") from error
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(model.getvalue())
     tokenizer = SentencePieceTokenizer(out / "tokenizer.model")
     tokenizer.save(out)
     return tokenizer
+
+
+def _noting(texts: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+    """The same texts; what ends them goes to `failures` as well."""
+    try:
+        yield from texts
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
