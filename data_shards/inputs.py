@@ -280,9 +280,16 @@ def _read_lines(unit: Unit, max_bytes: int, _: Collection[str] | None, note: _No
             except UnicodeDecodeError as error:
                 note("encoding", where, f"not UTF-8: {error.reason} at byte {error.start} of the line")
             except (ValueError, RecursionError) as error:
-                note("malformed", where, f"not JSON: {error}")
+                note("malformed", where, f"not JSON: {error}{_hint(unit.path, line)}")
             else:
                 yield where, record
+
+
+def _hint(path: str, line: bytes) -> str:
+    """What a line may be part of that is no record itself."""
+    if ".json" in PurePosixPath(_path(path)).suffixes:
+        return " (a .json file holds one array of records, or one record a line)"
+    return " (a file that is one array has to be named .json)" if line.lstrip().startswith(b"[") else ""
 
 
 def _parse(line: bytes) -> Any:

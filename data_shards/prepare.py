@@ -36,6 +36,7 @@ from data_shards.ranks import Communicator, called_off, together
 
 PLAN = "plan.json"
 _BATCH_RECORDS, _BATCH_CHARACTERS = 8192, 4 << 20  # handed to the encoder at once, whichever comes first
+_WITH_LENGTH = (str, list)  # a field may hold anything
 
 Progress = Callable[[int, int, int], None]
 
@@ -208,7 +209,7 @@ def _batches(records: Iterable[Located], fields: Sequence[str]) -> Iterator[list
     for located in records:
         batch.append(located)
         values = (located.record.get(name) for name in fields)
-        characters += sum(len(value) for value in values if isinstance(value, str | list))
+        characters += sum(len(value) for value in values if isinstance(value, _WITH_LENGTH))
         if len(batch) == _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0

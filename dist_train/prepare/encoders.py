@@ -116,7 +116,7 @@ def _problem(record: Record, field: str) -> tuple[str, str] | None:
         fields = f"its fields are {listed(record)} (set the field's name)"
         if text is None:
             return "malformed", f"the record has no text in {field!r}; {fields}"
-        return "malformed", f"the record has no text in {field!r} but a {type(text).__name__}; {fields}"
+        return "malformed", f"the record has no text in {field!r} but a value of type {type(text).__name__}; {fields}"
     if not text:
         return "empty", f"no text in {field!r}"
     if not text.isascii():

@@ -109,6 +109,24 @@ def test_lines_in_a_file_named_json_are_lines(tmp_path):
     assert is_cut_by_size("a.jsonl") and not is_cut_by_size("a.json.gz")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        (
+            "a.json",
+            json.dumps({"data": NOTES}, indent=2),
+            "(a .json file holds one array of records, or one record a line)",
+        ),
+        ("a.jsonl", json.dumps(NOTES, indent=2), "(a file that is one array has to be named .json)"),
+    ],
+)
+def test_what_a_file_should_have_been_is_told(tmp_path, name, content, hint):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError) as error:
+        records(tmp_path / name)
+    assert f"{name}:1: not JSON: " in str(error.value) and hint in str(error.value)
+
+
 # -- compressed ---------------------------------------------------------------------------------------------------
 
 

@@ -85,7 +85,7 @@ def test_a_text_that_is_none_ends_all_ranks_with_its_line(corpus, tmp_path):
     line = [MPIEXEC, "-n", 2, sys.executable, "-m", "dist_train", "prepare", *words, "shard_bytes=100"]
     done = subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert f"{tmp_path / 'a.jsonl'}:41: the record has no text in 'text' but a float" in done.stderr
+    assert f"{tmp_path / 'a.jsonl'}:41: the record has no text in 'text' but a value of type float" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

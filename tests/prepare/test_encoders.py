@@ -51,7 +51,7 @@ def write(path, records):
 def test_what_is_no_text_stops_or_is_left_out(prepared, tokenizer, tmp_path, value, name):
     path = write(tmp_path / name, [{"text": "the model"}, {"text": value}, {"text": "the drafter"}])
     where = f"{path}:2: " if name == "a.jsonl" else f"{path}, item 2: "
-    kind = "" if value is None else f" but a {type(value).__name__}"
+    kind = "" if value is None else f" but a value of type {type(value).__name__}"
     code, _, complaint = prepared(path)
     assert code == 2 and complaint.count("\n") == 1
     assert f"{where}the record has no text in 'text'{kind}; its fields are text" in complaint
@@ -67,7 +67,8 @@ def test_what_is_no_text_stops_or_is_left_out(prepared, tokenizer, tmp_path, val
 def test_a_column_that_is_no_text_is_named_with_its_row(prepared, tmp_path, column):
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     code, _, complaint = prepared(tmp_path / "a.parquet")
-    assert code == 2 and f"{tmp_path / 'a.parquet'}:1: the record has no text in 'text' but a " in complaint
+    assert code == 2
+    assert f"{tmp_path / 'a.parquet'}:1: the record has no text in 'text' but a value of type " in complaint
     code, _, complaint = prepared(tmp_path / "a.parquet", "faults.malformed=skip")
     assert code == 2 and "no documents in the input" in complaint
 
@@ -91,8 +92,8 @@ def test_ids_are_used_where_both_are_there_else_the_texts(prepared, tokenizer, t
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        ({"prompt": 5, "response": 6}, "no text in 'prompt' but a int"),
-        ({"prompt": "a", "response": False}, "no text in 'response' but a bool"),
+        ({"prompt": 5, "response": 6}, "no text in 'prompt' but a value of type int"),
+        ({"prompt": "a", "response": False}, "no text in 'response' but a value of type bool"),
         ({"prompt_ids": None, "response_ids": [7, 2]}, "no text in 'prompt'; its fields are prompt_ids, response_ids"),
         (
             {"prompt": "a", "response": "b", "prompt_ids": "1 2", "response_ids": "3"},
