@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -24,21 +24,25 @@ class Fault(NamedTuple):
 
 @dataclass
 class Faults:
-    """Collects the faults of one unit. `policy`: for each kind of KINDS what to do; a kind not named stops."""
+    """Collects the faults of one unit. `policy`: for each kind of KINDS what to do; a kind not named stops.
+
+    `keys`: the section of the configuration that the policy is from, for messages.
+    """
 
     policy: Mapping[str, Policy]
     max_bytes: int = MAX_BYTES
+    keys: str = "faults"
     counts: dict[str, int] = field(default_factory=dict)
     named: list[Fault] = field(default_factory=list)
 
-    def note(self, kind: str, where: str, reason: str) -> None:
-        """Count a fault. Raises DataError where the policy is to stop."""
+    def note(self, kind: str, where: Callable[[], str], reason: str) -> None:
+        """Count a fault; `where` is asked only if it is named. Raises DataError where the policy is to stop."""
         if self.policy.get(kind, "stop") == "stop":
-            instead = f"set faults.{kind}=skip" if kind in self.policy else "take it out"
-            raise DataError(f"{where}: {reason}; mend it, or {instead}")
+            instead = f"set {self.keys}.{kind}=skip" if kind in self.policy else "take it out"
+            raise DataError(f"{where()}: {reason}; mend it, or {instead}")
         self.counts[kind] = self.counts.get(kind, 0) + 1
         if len(self.named) < _NAMED_PER_UNIT:
-            self.named.append(Fault(kind, where, reason))
+            self.named.append(Fault(kind, where(), reason))
 
     def as_json(self) -> dict[str, Any]:
         """As stored in a shard's record."""

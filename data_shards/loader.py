@@ -65,6 +65,7 @@ class TokenLoader:
                 f"global batch {global_batch} is not a multiple of micro-batch {micro_batch} x {world_size} ranks"
             )
         _check_same_encoding(sources)
+        self._corpora = [source.corpus for source in sources]
         self._samples = [samples_of(source.corpus, sequence_length, separate=separate_documents) for source in sources]
         self._order = MixtureOrder(
             [samples.size for samples in self._samples],
@@ -95,13 +96,17 @@ class TokenLoader:
         return batches
 
     def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of global step `step`; does not move the iterator."""
+        """This rank's micro-batches of global step `step`; does not move the iterator.
+
+        Raises DataError where one of its samples has a token id outside the vocabulary.
+        """
         chunk, at = divmod(step, _STEPS_LOCATED)
         sources, indices = (found[at] for found in self._located(chunk))
         whole = Batch.of_text(self._share, self._length)
         for source, samples in enumerate(self._samples):
             rows = np.flatnonzero(sources == source)
             samples.fill(whole, rows, indices[rows])
+        self._refuse_foreign(whole, sources, indices, step * self._global_batch + self._first)
         return [
             Batch(*(array[at : at + self._micro_batch] for array in whole))
             for at in range(0, self._share, self._micro_batch)
@@ -112,7 +117,26 @@ class TokenLoader:
         sources, indices = self._order.locate(np.zeros(1, np.int64))
         batch = Batch.of_text(1, self._length)
         self._samples[int(sources[0])].fill(batch, np.zeros(1, np.int64), indices)
+        self._refuse_foreign(batch, sources, indices, 0)
         return batch
+
+    def _refuse_foreign(self, batch: Batch, sources: Array, indices: Array, first: int) -> None:
+        """Raise DataError for a token id outside the vocabulary, as only a shard has that changed since it was written.
+
+        Found here, among arrays: on a GPU it would be an assertion of the device, which names nothing. `first`: the
+        position of the first row in the order.
+        """
+        last = batch.labels[:, -1]  # the other labels are inputs too
+        vocab_size = self._corpora[0].encoding.vocab_size
+        if max(batch.input_ids.max(), last.max()) < vocab_size:
+            return
+        row = int(np.flatnonzero((batch.input_ids.max(axis=1) >= vocab_size) | (last >= vocab_size))[0])
+        path, found = self._corpora[int(sources[row])].path, max(batch.input_ids[row].max(), last[row])
+        raise DataError(
+            f"{path}: its sample {indices[row]} (number {first + row} of the order) has the token id {found}, outside "
+            f"the vocabulary of {vocab_size}: a shard was changed or damaged; see prepare --verify out={path}, "
+            "and prepare it again"
+        )
 
     def _locate(self, chunk: int) -> tuple[Array, Array]:
         """Source and sample of each row of this rank, int64 [steps, rows], for a few steps at a time."""

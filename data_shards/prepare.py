@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -18,11 +19,24 @@ from data_shards.errors import DataError
 from data_shards.faults import MAX_BYTES, Fault, Faults, Policy, gather
 from data_shards.files import read_json, remove_stale, write_json
 from data_shards.format import INDEX, Array, Encoding, ShardedTokens, ShardFiles, write_index, write_packs
-from data_shards.inputs import UNIT_BYTES, Located, Record, Unit, find_files, fraction, place, plan_units, read_located
+from data_shards.inputs import (
+    UNIT_BYTES,
+    InputFile,
+    Located,
+    Record,
+    Unit,
+    find_files,
+    fraction,
+    place,
+    plan_units,
+    read_located,
+)
 from data_shards.packing import pack_documents
+from data_shards.ranks import Communicator, called_off, together
 
 PLAN = "plan.json"
 _BATCH_RECORDS, _BATCH_CHARACTERS = 8192, 4 << 20  # handed to the encoder at once, whichever comes first
+_WITH_LENGTH = (str, list)  # a field may hold anything
 
 Progress = Callable[[int, int, int], None]
 
@@ -53,16 +67,6 @@ class Encoder(Protocol):
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
         """Encode records in order; those that give no document are rejected."""
-
-
-class Communicator(Protocol):
-    """What is used of an mpi4py communicator."""
-
-    rank: int
-    size: int
-
-    def allgather(self, value: Any) -> list[Any]:
-        """The value of every rank, on every rank."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +106,7 @@ def prepare(
     in the same way is left as it is. Raises DataError when it was made otherwise, or when an input is missing or at
     fault.
     """
-    files = find_files(inputs)
-    units = plan_units(files, unit_bytes)
-    if not units:
-        raise DataError(f"{inputs}: the input is empty")
+    files, units = together(comm, lambda: _found(inputs, unit_bytes))
     plan = {
         "inputs": [list(file) for file in files],
         "unit_bytes": unit_bytes,
@@ -114,11 +115,10 @@ def prepare(
         "faults": {**policy, "max_bytes": max_bytes},
     }
     together(comm, lambda: _adopt_plan(out, plan) if comm.rank == 0 else None)
-    if not (out / INDEX).exists():
-        work = _Work(out, units, encoder, lambda: Faults(policy, max_bytes))
-        together(comm, lambda: work.run(comm, progress))
-        together(comm, lambda: _commit(out, len(units), encoder.encoding, plan) if comm.rank == 0 else None)
-    corpus = ShardedTokens(out)
+    work = _Work(out, units, encoder, lambda: Faults(policy, max_bytes))
+    together(comm, lambda: work.run(comm, progress))
+    together(comm, lambda: _commit(out, len(units), encoder.encoding, plan) if comm.rank == 0 else None)
+    corpus = together(comm, lambda: ShardedTokens(out))
     unpackable = corpus.num_documents - corpus.num_packed_documents if corpus.num_packs else 0
     counts, named = gather(shard["faults"] for shard in corpus.index["shards"])
     return PrepareSummary(
@@ -133,16 +133,13 @@ def prepare(
     )
 
 
-def together(comm: Communicator, action: Callable[[], None]) -> None:
-    """Do this rank's part and wait for the others; if any fails all raise the failures, and none waits on."""
-    failure = None
-    try:
-        action()
-    except DataError as error:
-        failure = str(error)
-    failures = dict.fromkeys(text for text in comm.allgather(failure) if text)
-    if failures:
-        raise DataError("; ".join(failures))
+def _found(inputs: str | Sequence[str], unit_bytes: int) -> tuple[list[InputFile], list[Unit]]:
+    """The input files, and what they are cut into."""
+    files = find_files(inputs)
+    units = plan_units(files, unit_bytes)
+    if not units:
+        raise DataError(f"{inputs}: the input is empty")
+    return files, units
 
 
 def _adopt_plan(out: Path, plan: dict[str, Any]) -> None:
@@ -175,13 +172,17 @@ class _Work:
     new_faults: Callable[[], Faults]
 
     def run(self, comm: Communicator, progress: Progress | None) -> None:
-        """Make this rank's missing shards, each committed with its record."""
+        """Make this rank's missing shards, each committed with its record; leave off where another rank has failed."""
+        if (self.out / INDEX).exists():
+            return
         mine = range(comm.rank, len(self.units), comm.size)
         total, done, tokens = sum(self.units[number].size for number in mine), 0, 0
         for number in mine:
             unit = self.units[number]
             if not _record_path(self.out, number).exists():
                 for part, made in self._make_shard(number, unit):
+                    if called_off(comm):
+                        return
                     tokens += made
                     if progress:
                         progress(done + int(part * unit.size), total, tokens)
@@ -196,7 +197,7 @@ class _Work:
             for batch in _batches(read_located(unit, faults, self.encoder.fields), self.encoder.fields):
                 encoded = self.encoder([located.record for located in batch])
                 for position, kind, reason in encoded.rejected:
-                    faults.note(kind, place(unit, batch[position].where), reason)
+                    faults.note(kind, partial(place, unit, batch[position].where), reason)
                 files.add(encoded.ids, encoded.lengths, encoded.mask)
                 yield fraction(unit, batch[-1].where), len(encoded.ids)
         write_json(_record_path(self.out, number), {**files.record, "faults": faults.as_json()})
@@ -207,7 +208,8 @@ def _batches(records: Iterable[Located], fields: Sequence[str]) -> Iterator[list
     characters = 0
     for located in records:
         batch.append(located)
-        characters += sum(len(located.record.get(name) or "") for name in fields)
+        values = (located.record.get(name) for name in fields)
+        characters += sum(len(value) for value in values if isinstance(value, _WITH_LENGTH))
         if len(batch) == _BATCH_RECORDS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -216,7 +218,9 @@ def _batches(records: Iterable[Located], fields: Sequence[str]) -> Iterator[list
 
 
 def _commit(out: Path, num_units: int, encoding: Encoding, plan: dict[str, Any]) -> None:
-    """Gather the records into the index; from then on they are not needed."""
+    """Gather the records into the index, unless it is there; from then on they are not needed."""
+    if (out / INDEX).exists():
+        return
     try:
         records = [read_json(_record_path(out, number)) for number in range(num_units)]
     except DataError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dist_train.cli.parser import add, processes
@@ -81,26 +80,21 @@ def add_tokenizer(commands: argparse._SubParsersAction) -> None:
     check.add_argument("--text-field", default="text")
 
 
-def _texts(options: argparse.Namespace, inputs: Sequence[str]) -> Iterator[str]:
-    from data_shards.inputs import find_files, plan_units, read_records
-
-    for unit in plan_units(find_files(inputs)):
-        yield from (record.get(options.text_field) or "" for record in read_records(unit))
-
-
 def _train_tokenizer(options: argparse.Namespace) -> None:
+    from data_shards.inputs import read_texts
     from dist_train.tokenizer import train_tokenizer
 
-    texts = _texts(options, options.inputs)
+    texts = read_texts(options.inputs, options.text_field)
     tokenizer = train_tokenizer(texts, options.out, options.vocab_size, chat_template=options.chat_template)
     print(f"tokenizer: {tokenizer.vocab_size:,} pieces, chat template {options.chat_template}; {options.out}")
 
 
 def _check_tokenizers(options: argparse.Namespace) -> int:
+    from data_shards.inputs import read_texts
     from dist_train.tokenizer import PROBES, conversion_note, differences, load_tokenizer
 
     a, b = load_tokenizer(options.a), load_tokenizer(options.b)
-    texts = [*PROBES, *_texts(options, options.texts)]
+    texts = [*PROBES, *read_texts(options.texts, options.text_field)]
     found = differences(a, b, texts)
     for line in (*found, *filter(None, {conversion_note(tokenizer, texts) for tokenizer in (a, b)})):
         print(line)

@@ -65,11 +65,23 @@ class DatasetSection(Section):
     revision: str | None = None
 
 
+class ReadFaultsSection(Section):
+    """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
+
+    malformed: Literal["stop", "skip"] = "stop"
+    """a line that is not a JSON object, or a record without what is wanted of it, such as a text where a number is"""
+    encoding: Literal["stop", "skip"] = "stop"
+    """text that is not UTF-8"""
+    too_long: Literal["stop", "skip"] = "stop"
+    """a line, or a row of Parquet, longer than max_bytes"""
+    max_bytes: PositiveInt = 50_000_000
+
+
 class SeedsSection(Section):
     """Instructions that the target answers, or prompts of an evaluation."""
 
     inputs: str | list[str] = Field(default=[])
-    """files, folders or globs: JSONL (.gz, .zst) or Parquet"""
+    """files, folders, globs or URLs: JSONL or JSON arrays (.gz, .zst), or Parquet"""
     dataset: DatasetSection | None = None
     """instead of inputs: anything that `datasets` loads, from the hub or a folder"""
     format: Literal["prompt", "chat", "oig", "openassistant", "dolly", "alpaca"] = "prompt"
@@ -92,9 +104,7 @@ class SeedsSection(Section):
     """leave out prompts of more tokens, chat template included"""
     limit: PositiveInt | None = None
     """use the first so many"""
-    malformed: Literal["stop", "skip"] = "stop"
-    """a conversation that the chat template refuses: stop with an error that names file and line, or leave it out,
-    counted"""
+    faults: ReadFaultsSection = ReadFaultsSection()
 
     @model_validator(mode="after")
     def _one_source(self) -> SeedsSection:

@@ -7,28 +7,22 @@ from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dist_train.config.base import DatasetSection, Section
+from dist_train.config.base import DatasetSection, ReadFaultsSection, Section
 
 
-class FaultsSection(Section):
+class FaultsSection(ReadFaultsSection):
     """Records that cannot be used: stop with an error that names file and line, or skip them, counted and named."""
 
-    malformed: Literal["stop", "skip"] = "stop"
-    """a line that is not a JSON object; a prompt that the chat template refuses"""
-    encoding: Literal["stop", "skip"] = "stop"
-    """text that is not UTF-8"""
-    too_long: Literal["stop", "skip"] = "stop"
-    """a line longer than max_bytes"""
     empty: Literal["stop", "skip"] = "skip"
     """no text, or no response"""
-    max_bytes: PositiveInt = 50_000_000
 
 
 class PrepareConfig(Section):
     """dist-train prepare: text or conversations to token shards."""
 
     inputs: str | list[str] = Field(default=[])
-    """files, folders, globs or URLs (hf://datasets/...): JSONL (.gz, .zst), Parquet, text (one document a line)"""
+    """files, folders, globs or URLs (hf://datasets/..., https://...): JSONL or JSON arrays (.gz, .zst), Parquet, text
+    (one document a line)"""
     dataset: DatasetSection | None = None
     """instead of inputs: a dataset of the hub, its files read as they are, as a stream"""
     tokenizer: str = ""
@@ -45,7 +39,7 @@ class PrepareConfig(Section):
     text_field: str = "text"
     prompt_field: str = "prompt"
     response_field: str = "response"
-    """prompt_ids and response_ids, where a record has them (what generate writes), go before the texts"""
+    """prompt_ids and response_ids, where a record has both (what generate writes), go before the texts"""
     bos: bool | None = None
     """begin each text document with BOS; null: where the tokenizer itself puts one before a text"""
     eos: bool | None = None
@@ -54,7 +48,7 @@ class PrepareConfig(Section):
     sequence_length: PositiveInt = 2048
     """tokens per sequence into which conversations are packed"""
     shard_bytes: PositiveInt = 64 << 20
-    """input bytes per shard; a compressed file is one shard"""
+    """input bytes per shard; a compressed file, or a JSON array, is one shard"""
     faults: FaultsSection = FaultsSection()
 
     @model_validator(mode="after")

@@ -180,12 +180,10 @@ class Demo:
         if self.target is not None:
             print(f"tokenizer: that of {self.target}", flush=True)
             return
-        from data_shards.inputs import find_files, plan_units, read_records
+        from data_shards.inputs import read_texts
         from dist_train.tokenizer import train_tokenizer
 
-        units = plan_units(find_files(self._text))
-        texts = (record["text"] for unit in units for record in read_records(unit))
-        tokenizer = train_tokenizer(texts, self.out / "tokenizer", VOCAB_SIZE)
+        tokenizer = train_tokenizer(read_texts(self._text), self.out / "tokenizer", VOCAB_SIZE)
         print(f"tokenizer: {tokenizer.vocab_size:,} pieces; {self.out / 'tokenizer'}", flush=True)
 
     def prepare_corpora(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from data_shards.errors import listed
 from data_shards.inputs import Record, dataset_files
 from dist_train.config import EvaluateConfig, SeedsSection, TaskSection
 from dist_train.errors import UserError
@@ -110,7 +111,7 @@ def _read(task: TaskSection, tokenizer: Tokenizer) -> list[Seed]:
     if template is None:
         same = task.model_dump(include={"prompt_field", "split", "held_out", "max_tokens", "limit"})
         seeds = SeedsSection(inputs=_inputs(task), format=task.preset or "prompt", turns="last", **same)
-        return read_with_ids(seeds, tokenizer)
+        return read_with_ids(seeds, tokenizer, key="")
     found: dict[str, Seed] = {}
     for record, where in placed_records(_inputs(task)):
         prompt = _fill(template, record, where)
@@ -168,7 +169,7 @@ def _fill(template: str, record: Record, where: Callable[[], str]) -> str:
     except LookupError:
         raise UserError(
             f"{where()}: the record does not have what the prompt {template!r} is made of, texts or numbers; its "
-            f"fields are {', '.join(record)}; mend it, take it out, or name another template or preset"
+            f"fields are {listed(record)}; mend it, take it out, or name another template or preset"
         ) from None
     except ValueError as error:
         raise UserError(

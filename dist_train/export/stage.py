@@ -18,7 +18,7 @@ from dist_train.models.drafter import damaged_weights, find_model, load_drafter,
 from dist_train.models.load import read_target_config
 from dist_train.models.pairing import refuse_other_pieces
 from dist_train.models.target_tokenizer import load_target_tokenizer
-from dist_train.prompts.seeds import read_encoded_seeds, refuse_long
+from dist_train.prompts.seeds import encoded, read_with_ids, refuse_long
 from dist_train.runtime.process_group import quiet_libraries
 from dist_train.runtime.version import __version__
 from dist_train.tokenizer import load_tokenizer
@@ -143,7 +143,7 @@ def _prompts(
     section: SeedsSection, max_new_tokens: int, target: TargetSection, drafter: Path, reference: Reference
 ) -> list[list[int]]:
     """What is to be answered. Raises UserError where target or drafter has too few positions for it."""
-    prompts = read_encoded_seeds([section], reference.tokenizer).ids
+    prompts = encoded(read_with_ids(section, reference.tokenizer, key="prompts"), reference.tokenizer.source).ids
     for source, model in ((target.path, read_target_config(target)), ("the drafter", read_drafter_config(drafter))):
         refuse_long(prompts, max_new_tokens, source, model, "max_tokens", " in prompts")
     return prompts

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data_shards import Encoded, Encoding, Rejected
+from data_shards.errors import listed
 from data_shards.inputs import Record
 from dist_train.config import PrepareConfig
 from dist_train.tokenizer import RefusedChatError, Tokenizer
@@ -103,12 +104,24 @@ class ChatEncoder:
 
     def _problem(self, record: Record) -> tuple[str, str] | None:
         if _has_ids(record):
-            return None if record["response_ids"] else ("empty", "no response")
+            return self._problem_of_ids(record)
         return _problem(record, self._prompt) or _problem(record, self._response)
+
+    def _problem_of_ids(self, record: Record) -> tuple[str, str] | None:
+        for name in _ID_FIELDS:
+            ids = record[name]
+            if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:
+                return "malformed", f"{name!r} is no list of token ids"
+            if ids and not 0 <= min(ids) <= max(ids) < self.encoding.vocab_size:
+                return (
+                    "malformed",
+                    f"{name!r} has an id outside the tokenizer's vocabulary of {self.encoding.vocab_size}",
+                )
+        return None if record["response_ids"] else ("empty", "no response")
 
     def _ids(self, record: Record) -> tuple[list[int], list[int]]:
         if _has_ids(record):
-            return list(record["prompt_ids"]), list(record["response_ids"])
+            return record["prompt_ids"], record["response_ids"]
         prompt = self._tokenizer.encode_prompt([{"role": "user", "content": record[self._prompt]}])
         return prompt, [*self._tokenizer.encode(record[self._response]), self._tokenizer.eos_id]
 
@@ -117,15 +130,18 @@ _ID_FIELDS = ("prompt_ids", "response_ids")  # what generate writes
 
 
 def _has_ids(record: Record) -> bool:
-    return all(name in record for name in _ID_FIELDS)
+    """Whether both are there; where one is null, as in tables that were joined, the texts are used."""
+    return all(record.get(name) is not None for name in _ID_FIELDS)
 
 
 def _problem(record: Record, field: str) -> tuple[str, str] | None:
     """Kind and reason of a record without a usable text in `field`."""
     text = record.get(field)
     if not isinstance(text, str):
-        fields = ", ".join(record)
-        return "malformed", f"the record has no text in {field!r}; its fields are {fields} (set the field's name)"
+        fields = f"its fields are {listed(record)} (set the field's name)"
+        if text is None:
+            return "malformed", f"the record has no text in {field!r}; {fields}"
+        return "malformed", f"the record has no text in {field!r} but a value of type {type(text).__name__}; {fields}"
     if not text:
         return "empty", f"no text in {field!r}"
     if not text.isascii():

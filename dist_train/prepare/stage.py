@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import data_shards
-from data_shards import PrepareSummary, ShardedTokens
+from data_shards import DataError, PrepareSummary, ShardedTokens
 from data_shards.inputs import dataset_files, find_files
-from data_shards.prepare import together
+from data_shards.ranks import Alone, Communicator, together
 from dist_train.config import PrepareConfig
 from dist_train.errors import UserError
 from dist_train.prepare.encoders import ChatEncoder, TextEncoder
@@ -34,7 +34,15 @@ def check(config: PrepareConfig) -> None:
 
 def run(config: PrepareConfig) -> None:
     """Tokenize, or verify what was; on every rank of MPI's world."""
-    (_verify if config.verify else _make)(config, _communicator())
+    comm = _communicator()
+    together(comm, lambda: _run(config, comm))
+
+
+def _run(config: PrepareConfig, comm: Communicator) -> None:
+    try:
+        (_verify if config.verify else _make)(config, comm)
+    except UserError as error:
+        raise DataError(str(error)) from error  # what one rank alone has met with, such as a file, ends all
 
 
 def _inputs(config: PrepareConfig) -> str | list[str]:
@@ -45,7 +53,7 @@ def _inputs(config: PrepareConfig) -> str | list[str]:
     return config.inputs
 
 
-def _verify(config: PrepareConfig, comm: Any) -> None:
+def _verify(config: PrepareConfig, comm: Communicator) -> None:
     corpus = ShardedTokens(config.out)
     if config.tokenizer and load_tokenizer(config.tokenizer).sha256 != corpus.encoding.tokenizer:
         raise UserError(f"{config.out}: made with another tokenizer than {config.tokenizer}; prepare it again")
@@ -56,7 +64,7 @@ def _verify(config: PrepareConfig, comm: Any) -> None:
         print(f"prepare: {config.out}: {size}, every byte as written", flush=True)
 
 
-def _make(config: PrepareConfig, comm: Any) -> None:
+def _make(config: PrepareConfig, comm: Communicator) -> None:
     tokenizer = load_tokenizer(config.tokenizer, chat_template=config.chat_template)
     is_chat = config.format == "chat"
     encoder = ChatEncoder(tokenizer, config) if is_chat else TextEncoder(tokenizer, config)
@@ -122,24 +130,14 @@ class _Bar:
         self._open.close()
 
 
-class _OneProcess:
-    """Stands in for MPI's communicator where there is no MPI library and none is asked for."""
-
-    rank, size = 0, 1
-
-    def allgather(self, value: Any) -> list[Any]:
-        """Nobody else's."""
-        return [value]
-
-
-def _communicator() -> Any:
+def _communicator() -> Communicator:
     """MPI's world. Raises UserError when a launcher started more processes than MPI knows of."""
     try:
         from mpi4py import MPI
 
         world: Any = MPI.COMM_WORLD
     except (ImportError, RuntimeError):
-        world = _OneProcess()
+        world = Alone()
     expected = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("PMI_SIZE") or 1)
     if world.size != expected and world.size == 1:
         raise UserError(

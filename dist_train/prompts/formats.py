@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from data_shards.faults import STRICT
+from data_shards.errors import listed, shown
+from data_shards.faults import STRICT, Faults
 from data_shards.inputs import Record, find_files, place, plan_units, read_located
 from dist_train.config import SeedsSection
 from dist_train.errors import UserError
@@ -30,72 +32,101 @@ class PlacedConversation(NamedTuple):
     where: Callable[[], str]
 
 
+class Turns(NamedTuple):
+    """The messages of a conversation; of those whose meaning cannot be told, by index, what is unclear."""
+
+    messages: Conversation
+    unclear: dict[int, str]
+
+
+# Of OpenAI's, ShareGPT's and OpenAssistant's data. What a tool answered has a role of its own in chat templates; that a
+# tool is called (function_call, tool_calls) is no text.
 _ROLES = {
-    **{"system": "system", "user": "user", "assistant": "assistant"},
+    **{"system": "system", "user": "user", "assistant": "assistant", "developer": "system"},
     **{"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant", "chatgpt": "assistant"},
+    **{"tool": "tool", "observation": "tool", "function": "tool", "function_response": "tool"},
 }
 
 
-def placed_records(inputs: str | list[str]) -> Iterator[Placed]:
+def placed_records(inputs: str | list[str], faults: Faults = STRICT) -> Iterator[Placed]:
     """The records of files, folders or globs in file order. Raises DataError naming file and line of a fault."""
     for unit in plan_units(find_files(inputs)):
-        for where, record in read_located(unit, STRICT):
+        for where, record in read_located(unit, faults):
             yield Placed(record, partial(place, unit, where))
 
 
-def conversations(records: Iterable[Placed], section: SeedsSection) -> Iterator[PlacedConversation]:
-    """The conversations in `records`, in their order. Raises UserError naming the place of a record that has none."""
+def conversations(
+    records: Iterable[Placed], section: SeedsSection, faults: Faults = STRICT
+) -> Iterator[PlacedConversation]:
+    """The conversations in `records`, in their order.
+
+    A record that has none, or one that is not clear, goes to `faults`, which counts it or raises DataError naming its
+    place. Raises UserError where OpenAssistant's messages contradict each other.
+    """
     turns = section.turns or ("first" if section.format == "openassistant" else "last")
     if section.format == "openassistant":
-        yield from _trees(records, turns)
+        yield from _trees(records, turns, faults)
         return
-    read = _READERS[section.format]
+    wanted = f"the record has no prompt {_WANTED[section.format].format(section.prompt_field)}"
     for record, where in records:
-        messages = read(record, section)
-        if messages is None:
-            raise UserError(
-                f"{where()}: the record has no prompt {_WANTED[section.format].format(section.prompt_field)}; "
-                f"its fields are {', '.join(record)}"
-            )
-        for message in messages:
-            refuse_half_characters(message["content"], where)
-        for conversation in _cut(messages, turns):
-            yield PlacedConversation(conversation, where)
+        found = _READERS[section.format](record, section)
+        if found is None:
+            faults.note("malformed", where, f"{wanted}; its fields are {listed(record)}")
+        else:
+            for conversation in _cut(found, turns, partial(faults.note, where=where), wanted):
+                yield PlacedConversation(conversation, where)
 
 
-def refuse_half_characters(text: str, where: Callable[[], str]) -> None:
-    """Half a surrogate pair, which JSON can hold, is no text that can be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{where()}: not Unicode: half a surrogate pair at character {error.start} of a text; "
-            "mend it, or take it out"
-        ) from error
-
-
-def _cut(messages: Conversation, turns: str) -> Iterator[Conversation]:
-    """What goes up to the first, the last or each user message that says something."""
+def _cut(found: Turns, turns: str, note: Callable[..., None], wanted: str) -> Iterator[Conversation]:
+    """What goes up to the first, the last or each user message that says something, as long as all of it is clear."""
+    messages, unclear = found
     ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "user" and message["content"].strip()]
     if turns != "each":
         ends = ends[:1] if turns == "first" else ends[-1:]
-    for end in ends:
-        yield messages[:end]
+    for end in ends or [len(messages)]:
+        if (first := min(unclear, default=end)) < end:
+            return note("malformed", reason=f"{wanted}: message {first + 1} {unclear[first]}")
+        if reason := next(filter(None, (not_unicode(message["content"]) for message in messages[:end])), None):
+            return note("encoding", reason=reason)
+        if ends:
+            yield messages[:end]
+
+
+def not_unicode(text: str) -> str | None:
+    """What is wrong with a text that holds half a surrogate pair, as JSON can: it cannot be encoded."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"not Unicode: half a surrogate pair at character {error.start} of a text"
+    return None
+
+
+def refuse_half_characters(text: str, where: Callable[[], str]) -> None:
+    """Raise UserError for a text that is not Unicode."""
+    if reason := not_unicode(text):
+        raise UserError(f"{where()}: {reason}; mend it, or take it out")
 
 
 # -- one record, one conversation: None where the record is not of the format ---------------------------------------
 
 
-def _prompt(record: Record, section: SeedsSection) -> Conversation | None:
+def _prompt(record: Record, section: SeedsSection) -> Turns | None:
     value = record.get(section.prompt_field)
     return _user(value) if isinstance(value, str) else _messages(value)
 
 
-def _chat(record: Record, section: SeedsSection) -> Conversation | None:
-    return next((_messages(record[name]) for name in ("messages", "conversations") if name in record), None)
+def _chat(record: Record, section: SeedsSection) -> Turns | None:
+    """Of two fields the one that is filled; tables of text alone hold messages as JSON."""
+    value = next((record[name] for name in ("messages", "conversations") if record.get(name) is not None), None)
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return None
+    return _messages(value)
 
 
-def _oig(record: Record, section: SeedsSection) -> Conversation | None:
+def _oig(record: Record, section: SeedsSection) -> Turns | None:
     """OIG-small-chip2: `user` and `chip2`, or one text of `<human>: ... <bot>: ...`."""
     if isinstance(record.get("user"), str):
         return _user(record["user"])
@@ -103,11 +134,12 @@ def _oig(record: Record, section: SeedsSection) -> Conversation | None:
     if not isinstance(text, str) or not text.lstrip().startswith("<human>:"):
         return None
     _, *parts = re.split(r"<(human|bot)>:", text)
-    return [{"role": _ROLES[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return Turns([{"role": _ROLES[who], "content": said.strip()} for who, said in pairs], {})
 
 
-def _instruction(context_field: str) -> Callable[[Record, SeedsSection], Conversation | None]:
-    def read(record: Record, section: SeedsSection) -> Conversation | None:
+def _instruction(context_field: str) -> Callable[[Record, SeedsSection], Turns | None]:
+    def read(record: Record, section: SeedsSection) -> Turns | None:
         instruction, context = record.get("instruction"), record.get(context_field) or ""
         if not isinstance(instruction, str) or not isinstance(context, str):
             return None
@@ -116,7 +148,7 @@ def _instruction(context_field: str) -> Callable[[Record, SeedsSection], Convers
     return read
 
 
-_READERS: dict[str, Callable[[Record, SeedsSection], Conversation | None]] = {
+_READERS: dict[str, Callable[[Record, SeedsSection], Turns | None]] = {
     "prompt": _prompt,
     "chat": _chat,
     "oig": _oig,
@@ -132,35 +164,53 @@ _WANTED = {
 }
 
 
-def _user(text: str) -> Conversation:
-    return [{"role": "user", "content": text}]
+def _user(text: str) -> Turns:
+    return Turns([{"role": "user", "content": text}], {})
 
 
-def _messages(value: Any) -> Conversation | None:
+def _messages(value: Any) -> Turns | None:
     """Messages with `role` and `content`, or ShareGPT's `from` and `value`; None where it is anything else."""
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
         return None
-    found = []
-    for message in value:
-        if not isinstance(message, dict):
-            return None
-        role = _ROLES.get(str(message.get("role") or message.get("from")))
-        content = message.get("content", message.get("value"))
-        if role is None or not isinstance(content, str):
-            return None
-        found.append({"role": role, "content": content})
+    found = Turns([], {})
+    for index, message in enumerate(value):
+        named = message.get("role") or message.get("from")
+        role = _ROLES.get(str(named).lower())
+        content = message["content"] if message.get("content") is not None else message.get("value")
+        text = _text(content)
+        if message.get("tool_calls") or message.get("function_call"):
+            found.unclear[index] = "calls a tool, which is no text"
+        elif role is None:
+            found.unclear[index] = f"has the role {shown(str(named))!r}"
+        elif text is None:
+            found.unclear[index] = "has no text"
+        found.messages.append({"role": role or "", "content": text or ""})
     return found
+
+
+def _text(content: Any) -> str | None:
+    """A message's text, which may come in parts; None where any is something else, such as an image."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            return None
+        texts.append(text)
+    return "".join(texts) if texts else None
 
 
 # -- OpenAssistant: one record a message, which names its parent ----------------------------------------------------
 
 
-def _trees(records: Iterable[Placed], turns: str) -> Iterator[PlacedConversation]:
+def _trees(records: Iterable[Placed], turns: str, faults: Faults) -> Iterator[PlacedConversation]:
     """Roots ("first"), every prompter's message with its path ("each"), or those that no prompter follows ("last")."""
     messages: dict[Any, Placed] = {}  # ids are texts, or numbers, of which a parent's may have become a float
     for record, where in records:
-        _refuse_foreign(record, where)
-        refuse_half_characters(record["text"], where)
+        if kind_and_reason := _unusable(record):
+            faults.note(kind_and_reason[0], where, kind_and_reason[1])
+            continue
         before = messages.setdefault(record["message_id"], Placed(record, where))
         if _as_told(before.record) != _as_told(record):
             raise UserError(
@@ -182,19 +232,23 @@ def _as_told(record: Record) -> tuple[Any, ...]:
     return None if _is_root(record) else record["parent_id"], record["text"], record["role"]
 
 
-def _refuse_foreign(record: Record, where: Callable[[], str]) -> None:
+def _unusable(record: Record) -> tuple[str, str] | None:
+    """Kind and reason of a record that is no message of a tree."""
     name, parent, text, role = (record.get(field) for field in ("message_id", "parent_id", "text", "role"))
     is_text, is_number = isinstance(name, str), isinstance(name, int | float) and not isinstance(name, bool)
-    if "parent_id" not in record or not (is_text or is_number) or not isinstance(text, str) or str(role) not in _ROLES:
-        raise UserError(
-            f"{where()}: the record is no message of a tree (message_id, parent_id, text, role: prompter or "
-            f"assistant); its fields are {', '.join(record)}"
+    known = _ROLES.get(str(role)) in ("user", "assistant")
+    if "parent_id" not in record or not (is_text or is_number) or not isinstance(text, str) or not known:
+        return "malformed", (
+            "the record is no message of a tree (message_id, parent_id, text, role: prompter or assistant); its fields "
+            f"are {listed(record)}"
         )
     if not _is_root(record) and not isinstance(parent, str if is_text else int | float):
-        raise UserError(
-            f"{where()}: message_id {name!r} and parent_id {parent!r} are not of one kind, so that none would find its "
-            "parent; write both as texts, or both as numbers"
+        return "malformed", (
+            f"message_id {shown(repr(name))} and parent_id {shown(repr(parent))} are not of one kind, so that none "
+            "would find its parent; write both as texts, or both as numbers"
         )
+    reason = not_unicode(text)
+    return ("encoding", reason) if reason else None
 
 
 def _is_root(record: Record) -> bool:

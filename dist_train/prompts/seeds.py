@@ -9,13 +9,15 @@ from functools import partial
 from itertools import islice
 from typing import Any, NamedTuple
 
-from data_shards.errors import first_line
+from data_shards.errors import first_line, listed
+from data_shards.faults import Faults
 from dist_train.config import SeedsSection, TaskSection
 from dist_train.errors import UserError
 from dist_train.prompts.formats import Conversation, Placed, conversations, placed_records
 from dist_train.runtime.world import tell_once
 from dist_train.tokenizer import EncodedChat, Message, RefusedChatError, Tokenizer
 
+_FAULTS_SHOWN = 20
 _SPLIT_KEY = b"dist-train held-out prompts"  # fixed for ever: another key would move prompts across
 
 
@@ -34,21 +36,23 @@ class EncodedSeeds(NamedTuple):
 
 
 def read_seeds(
-    section: SeedsSection, tokenizer: Tokenizer | None = None, *, but: set[str] | None = None
+    section: SeedsSection, tokenizer: Tokenizer | None = None, *, but: set[str] | None = None, key: str = "seeds"
 ) -> list[list[Message]]:
     """The conversations of a source in file order, each up to where the answer begins; repeated ones once.
 
-    Two that differ only in white space are the same. `tokenizer`: those that its chat template refuses are named, or
-    left out, as the section says; needed where the section limits tokens. `but`: what other sources had, which is left
-    out here; this source's are added. Raises UserError when the prompt field is missing, and when nothing is left.
+    Two that differ only in white space are the same. `tokenizer`: needed where the section limits tokens; a
+    conversation that its chat template refuses is a malformed record. `but`: what other sources had, which is left out
+    here; this source's are added. `key`: where the section stands in the configuration, "" where it has no place there.
+    Records that its `faults` skip are told. Raises UserError when nothing is left, DataError for a record that is not
+    skipped.
     """
-    return [seed.messages for seed in read_with_ids(section, tokenizer, but)]
+    return [seed.messages for seed in read_with_ids(section, tokenizer, but, key=key)]
 
 
 def read_all_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer | None) -> list[list[Message]]:
-    """The conversations of several sources, one source after another. Raises UserError when nothing is left.
+    """The conversations of several sources, `seeds` and `more_seeds`, one source after another.
 
-    `tokenizer` as for `read_seeds`.
+    `tokenizer` as for `read_seeds`. Raises UserError when nothing is left.
     """
     return [seed.messages for seed in _read_all(sections, tokenizer)]
 
@@ -119,28 +123,42 @@ def because(section: SeedsSection | TaskSection) -> str:
 
 def _read_all(sections: Sequence[SeedsSection], tokenizer: Tokenizer | None) -> list[Seed]:
     seen: set[str] = set()
-    found = [seed for section in sections for seed in read_with_ids(section, tokenizer, seen)]
+    keys = ["seeds", *(f"more_seeds[{i}]" for i in range(len(sections) - 1))]
+    found = [
+        seed
+        for section, key in zip(sections, keys, strict=True)
+        for seed in read_with_ids(section, tokenizer, seen, key=key)
+    ]
     if not found:
         raise UserError(f"{sections[0].source}: no prompts in it{because(sections[0])}")
     return found
 
 
-def read_with_ids(section: SeedsSection, tokenizer: Tokenizer | None, but: set[str] | None = None) -> list[Seed]:
+def read_with_ids(
+    section: SeedsSection, tokenizer: Tokenizer | None, but: set[str] | None = None, *, key: str = "seeds"
+) -> list[Seed]:
     """As `read_seeds`, with the token ids where there is a tokenizer."""
-    refused: list[str] = []
-    found = list(islice(_wanted(section, tokenizer, set() if but is None else but, refused), section.limit))
-    if refused:
-        tell_once(f"{section.source}: {len(refused):,} conversations left out; the first: {refused[0]}")
+    policy = section.faults.model_dump(exclude={"max_bytes"}) if key else {}
+    faults = Faults(policy, section.faults.max_bytes, f"{key}.faults")
+    found = list(islice(_wanted(section, tokenizer, set() if but is None else but, faults), section.limit))
+    _tell(faults, section)
     if not found and but is None:
         raise UserError(f"{section.source}: no prompts in it{because(section)}")
     return found
 
 
-def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str], refused: list[str]) -> Iterator[Seed]:
-    """Seeds not yet `seen`; what the chat template says of those left out goes to `refused`."""
+def _tell(faults: Faults, section: SeedsSection) -> None:
+    for fault in faults.named[:_FAULTS_SHOWN]:
+        tell_once(f"seeds: left out ({fault.kind}): {fault.where}: {fault.reason}")
+    if faults.counts:
+        counts = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in sorted(faults.counts.items()))
+        tell_once(f"seeds: {section.source}: {counts} left out")
+
+
+def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str], faults: Faults) -> Iterator[Seed]:
     if (section.min_tokens > 0 or section.max_tokens is not None) and tokenizer is None:
         raise UserError(f"{section.source}: min_tokens and max_tokens have no effect here; leave them out")
-    for messages, where in conversations(_records(section), section):
+    for messages, where in conversations(_records(section, faults), section, faults):
         key = _key(messages)
         if not messages or key in seen or not is_on_side(messages, section):
             continue
@@ -149,11 +167,9 @@ def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str], 
             yield Seed(messages, None)
             continue
         try:
-            chat = encode_at(messages, where, tokenizer)
+            chat = tokenizer.encode_chat(messages)
         except RefusedChatError as error:
-            if section.malformed == "stop":
-                raise UserError(f"{error}; take it out, or set malformed=skip in its section of seeds") from None
-            refused.append(str(error))
+            faults.note("malformed", where, str(error))
             continue
         if section.min_tokens <= len(chat.ids) <= (section.max_tokens or len(chat.ids)):
             yield Seed(messages, chat)
@@ -167,17 +183,17 @@ def _normalised(text: str) -> str:
     return " ".join(text.split())
 
 
-def _records(section: SeedsSection) -> Iterator[Placed]:
+def _records(section: SeedsSection, faults: Faults) -> Iterator[Placed]:
     placed: Iterable[Placed]
     if section.dataset:
         rows = enumerate(_load_dataset(section), 1)
         placed = (Placed(record, partial("{}:{}".format, section.source, row)) for row, record in rows)
     else:
-        placed = placed_records(section.inputs)
+        placed = placed_records(section.inputs, faults)
     for record, where in placed:
         for field in section.where:
             if field not in record:
-                raise UserError(f"{where()}: where: a record has no {field!r}; it has {', '.join(record)}")
+                raise UserError(f"{where()}: where: a record has no {field!r}; it has {listed(record)}")
         if all(record[field] == value for field, value in section.where.items()):
             yield Placed(record, where)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_shards.files import read_json
 from data_shards.format import INDEX
-from data_shards.inputs import InputFile, plan_units
+from data_shards.inputs import InputFile, is_cut_by_size, plan_units
 from data_shards.prepare import PLAN
 from dist_train.runtime.run_folder import CHECKPOINTS, committed
 
@@ -51,11 +51,11 @@ def standing(stage: str, folder: Path, steps: int | None = None) -> Standing:
 
 
 def _planned(folder: Path) -> int | None:
-    """Shards that a corpus which was begun will have; None for Parquet, whose cut only the files themselves tell."""
+    """Shards that a corpus which was begun will have; None where only the files themselves tell how they are cut."""
     if not (folder / PLAN).exists():
         return None
     plan = read_json(folder / PLAN)
     files = [InputFile(*file) for file in plan["inputs"]]
-    if any(file.path.endswith(".parquet") for file in files):
+    if not all(is_cut_by_size(file.path) for file in files):
         return None
     return len(plan_units(files, plan["unit_bytes"]))

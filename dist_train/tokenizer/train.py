@@ -16,7 +16,8 @@ def train_tokenizer(
     """Train a model with the settings of Llama 2's own: BPE, byte fallback, digits split, spaces kept, dummy prefix.
 
     `out` is the folder that gets `tokenizer.model`, its conversions and the chat template, a file or the name of a
-    packaged one. Raises UserError when the text is too little for the vocabulary, or there is no such template.
+    packaged one. Raises UserError when the text is too little for the vocabulary, or there is no such template; what
+    reading the texts raises goes through.
     """
     import io
 
@@ -24,9 +25,10 @@ def train_tokenizer(
 
     template = None if chat_template is None else read_template(chat_template)
     model = io.BytesIO()
+    failures: list[Exception] = []
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_sentences(texts),
+            sentence_iterator=_noting(_sentences(texts), failures),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -46,6 +48,8 @@ def train_tokenizer(
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:  # the trainer made a text of several lines of it
+            raise failures[0] from None
         raise UserError(f"a vocabulary of {vocab_size} cannot be trained on this text: {error}") from error
     out.mkdir(parents=True, exist_ok=True)
     (out / "tokenizer.model").write_bytes(model.getvalue())
@@ -53,6 +57,15 @@ def train_tokenizer(
     tokenizer.use_chat_template(template)
     tokenizer.save(out)
     return tokenizer
+
+
+def _noting(texts: Iterator[str], failures: list[Exception]) -> Iterator[str]:
+    """The same texts; what ends them goes to `failures` as well."""
+    try:
+        yield from texts
+    except Exception as error:
+        failures.append(error)
+        raise
 
 
 def _sentences(texts: Iterable[str]) -> Iterator[str]:

@@ -36,7 +36,7 @@ class HeldOut:
             separate_documents=config.data.separate_documents,
             prefetch=0,
         )
-        self._batches = loader.step(0)
+        self._batches = runtime.everywhere(lambda: loader.step(0))
 
     def due(self, step: int, last_step: int) -> bool:
         """Whether to look after `step` steps."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards import TokenLoader
+from data_shards import Batch, DataError, TokenLoader
 from dist_train.config import TrainConfig
-from dist_train.errors import UserError
+from dist_train.errors import RankError, UserError
 from dist_train.losses import STATISTICS
 from dist_train.runtime.process_group import Runtime
 from dist_train.train.batch import DeviceBatch, on_device
@@ -77,7 +77,7 @@ class Training:
             while self.step < last_step and not stopping:
                 with self.phases("step"):
                     with self.phases("data_wait"):
-                        batches = [on_device(batch, self.runtime.device) for batch in next(self.loader)]
+                        batches = [on_device(batch, self.runtime.device) for batch in self._next_batches()]
                     values = self._optimizer_step(batches, stop)
                 self.step += 1
                 known = {"progress/tokens": self.tokens, "train/lr": learning_rate(self.step - 1, self.config.train)}
@@ -93,6 +93,13 @@ class Training:
                 trace_step()
             self.checkpoints.commit()
         return self.step == last_step
+
+    def _next_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next step. Raises RankError for a damaged sample; others do not read it."""
+        try:
+            return next(self.loader)
+        except DataError as error:
+            raise RankError(f"rank {self.runtime.rank}: {error}") from error
 
     def _optimizer_step(self, batches: list[DeviceBatch], stop: StopSignal) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches: what came of it, on the device; see `_read`."""

@@ -19,7 +19,7 @@ GOOD = [json.dumps({"text": f"document {i} of the corpus"}).encode() for i in ra
 FAULTY = {
     "malformed": (b'{"text": "torn', "not JSON"),
     "encoding": (b'{"text": "\xff\xfe"}', "not UTF-8"),
-    "too_long": (json.dumps({"text": "long " * 1000}).encode(), "a line of 5,0"),
+    "too_long": (json.dumps({"text": "long " * 1000}).encode(), "a line of more than 2,000 bytes"),
     "empty": (b'{"text": ""}', "no text"),
 }
 HALF_A_PAIR = b'{"text": "half \\ud83d of a pair"}'

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import data_shards.format
 import data_shards.samples
 from data_shards import BlockOrder, DataError, Encoding, ShardedTokens, ShardWriter, Source, TokenLoader
+from data_shards.format import write_packs
 
 
 def write(folder, tokens, shard_tokens=700, document_tokens=100):
@@ -229,3 +230,34 @@ def test_a_file_that_shrinks_under_the_reader_is_named(tmp_path):
     each = TokenLoader([Source(corpus)], sequence_length=20, global_batch=2, micro_batch=2, seed=1)
     with pytest.raises(DataError, match="became shorter"):
         next(each)
+
+
+def test_a_flipped_token_id_is_named_with_its_sample(tmp_path):
+    corpus = write(tmp_path / "text", range(4_001))
+    with ShardWriter(tmp_path / "chats", Encoding("sha", 60_000)) as writer:
+        for start in range(0, 400, 20):
+            writer.add(range(start, start + 20), [0] * 10 + [1] * 10)
+        writer.commit(packs=write_packs(tmp_path / "chats", [[i] for i in range(20)], 20))
+    for folder, position, sample in ((corpus.path, 2_345, 117), (tmp_path / "chats", 234, 11)):
+        shard, at = divmod(position, 700)
+        with (folder / f"shard-{shard:05d}.tokens").open("r+b") as file:
+            file.seek(2 * at)
+            file.write((60_000).to_bytes(2, "little"))
+        source = Source(ShardedTokens(folder))
+        size = 200 if folder == corpus.path else 20
+        settings = {"sequence_length": 20, "global_batch": 10, "micro_batch": 5, "seed": 3}
+        order = {rank: TokenLoader([source], rank=rank, world_size=2, **settings) for rank in (0, 1)}
+        found = []
+        for step in range(size // 10):
+            for rank in order:
+                try:
+                    order[rank].step(step)
+                except DataError as error:
+                    found.append(str(error))
+        (complaint,) = found
+        assert complaint.startswith(f"{folder}: its sample {sample} (number ")
+        assert "has the token id 60000, outside the vocabulary of 60000" in complaint
+        # The number leads to it: one loader of that place alone.
+        number = int(complaint.split("number ")[1].split(" ")[0])
+        with pytest.raises(DataError):
+            TokenLoader([source], sequence_length=20, global_batch=1, micro_batch=1, seed=3).step(number)

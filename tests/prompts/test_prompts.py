@@ -10,6 +10,7 @@ import re
 import pytest
 from generations import generation
 
+from data_shards import DataError
 from dist_train.config import SeedsSection
 from dist_train.errors import UserError
 from dist_train.prompts.seeds import is_held_out, read_all_seeds, read_seeds
@@ -60,6 +61,88 @@ def test_formats(seeds, form, record, expected):
     assert seeds([record], format=form) == [expected]
 
 
+TOOL = [
+    user("Weather?"),
+    {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "sky"}}]},
+    {"role": "tool", "content": "rain"},
+    user("And then?"),
+]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"messages": None, "conversations": SHARED}, [{"role": "system", "content": "s"}, user("a?")]),
+        ({"messages": THREE, "conversations": None}, THREE[:3]),
+        ({"messages": json.dumps(THREE)}, THREE[:3]),
+        ({"conversations": json.dumps(SHARED)}, [{"role": "system", "content": "s"}, user("a?")]),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"text": "?"}]}]}, [user("a?")]),
+        ({"messages": [{"role": "user", "content": ["a", "?"]}]}, [user("a?")]),
+        (
+            {"messages": [{"role": "developer", "content": "s"}, user("a?")]},
+            [{"role": "system", "content": "s"}, user("a?")],
+        ),
+        ({"messages": [{"role": "User", "content": "a?"}]}, [user("a?")]),
+        ({"messages": [{"role": "user", "content": None, "value": "a?"}]}, [user("a?")]),
+        *(
+            (
+                {"messages": [{"role": role, "content": "rain"}, user("a?")]},
+                [{"role": "tool", "content": "rain"}, user("a?")],
+            )
+            for role in ("tool", "observation", "function")
+        ),
+        # What comes after the prompt need not be clear.
+        ({"messages": [user("a?"), {"role": "bing", "content": None}]}, [user("a?")]),
+        ({"messages": [{"role": "assistant", "content": "b", "tool_calls": []}, user("a?")]}, [bot("b"), user("a?")]),
+    ],
+)
+def test_conversations_as_they_are_released(seeds, record, expected):
+    assert seeds([record], format="chat") == [expected]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"messages": TOOL}, "message 2 calls a tool, which is no text"),
+        (
+            {"messages": [{"role": "assistant", "content": "b", "tool_calls": [{}]}, user("a?")]},
+            "message 1 calls a tool",
+        ),
+        (
+            {"conversations": [{"from": "function_call", "value": "{}"}, user("a?")]},
+            "message 1 has the role 'function_call'",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, user("a?")]}, "message 1 has no text"),
+        ({"messages": [{"role": "user", "content": 5}]}, "message 1 has no text"),
+        ({"messages": [{"role": "\x1b[2J", "content": "a"}]}, r"message 1 has the role '\\x1b[2J'"),
+        ({"messages": "not JSON"}, "no prompt in 'messages' or 'conversations'; its fields are messages"),
+        ({"messages": None}, "no prompt in 'messages' or 'conversations'; its fields are messages"),
+        ({"messages": ["a?"]}, "no prompt in 'messages' or 'conversations'"),
+        ({"messages": [user("a \ud800?")]}, "half a surrogate pair at character 2"),
+    ],
+)
+def test_conversations_that_are_not_clear_are_named_or_left_out_and_told(seeds, tmp_path, capfd, record, message):
+    good = {"messages": THREE}
+    with pytest.raises(DataError) as error:
+        seeds([good, record], format="chat")
+    assert str(error.value).startswith(f"{tmp_path / 'seeds.jsonl'}:2: ") and message in str(error.value)
+    kind = "encoding" if "surrogate" in message else "malformed"
+    assert str(error.value).endswith(f"; mend it, or set seeds.faults.{kind}=skip")
+    assert seeds([good, record, {"messages": [user("e?")]}], format="chat", faults={kind: "skip"}) == [
+        THREE[:3],
+        [user("e?")],
+    ]
+    said = capfd.readouterr().err
+    assert f"seeds: left out ({kind}): {tmp_path / 'seeds.jsonl'}:2: " in said
+    assert f"seeds: {tmp_path / 'seeds.jsonl'}: 1 {kind} left out\n" in said
+
+
+def test_what_goes_before_a_tool_is_clear(seeds):
+    assert seeds([{"messages": TOOL}], format="chat", turns="first") == [TOOL[:1]]
+    policy = {"faults": {"malformed": "skip"}}
+    assert seeds([{"messages": TOOL}], format="chat", turns="each", **policy) == [TOOL[:1]]
+
+
 def message(name, parent, role, text):
     return {"message_id": name, "parent_id": parent, "role": role, "text": text, "lang": "en"}
 
@@ -97,18 +180,23 @@ TREES = [
 )
 def test_records_of_another_format_are_named_with_their_line(seeds, tmp_path, form, record, message):
     good = {"prompt": "a", "messages": THREE, "user": "a", "instruction": "a", "context": "", **TREES[0]}
-    with pytest.raises(UserError) as error:
+    with pytest.raises((UserError, DataError)) as error:
         seeds([good, record], format=form, turns="each")
     assert str(error.value).startswith(f"{tmp_path / 'seeds.jsonl'}:2: ")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("line", [b'{"prompt": ', b'{"prompt": "\xff"}', b"[1]"])
-def test_a_line_that_is_no_record_is_named_and_what_is_told_can_be_done(tiny, refused, tmp_path, line):
+def test_a_line_that_is_no_record_is_named_and_what_is_told_can_be_done(tiny, refused, command, tmp_path, line):
     (tmp_path / "seeds.jsonl").write_bytes(b'{"prompt": "a"}\n' + line)
     complaint = refused(*generation(tiny, tmp_path / "out", f"seeds.inputs={tmp_path / 'seeds.jsonl'}"))
     assert f"{tmp_path / 'seeds.jsonl'}:2: not" in complaint
-    assert "take it out" in complaint and "faults." not in complaint  # which is prepare's
+    kind = "encoding" if b"\xff" in line else "malformed"
+    assert f"mend it, or set seeds.faults.{kind}=skip" in complaint
+    with_policy = [f"seeds.inputs={tmp_path / 'seeds.jsonl'}", f"seeds.faults.{kind}=skip", "--dry-run"]
+    code, _, said = command(*generation(tiny, tmp_path / "out", *with_policy))
+    assert code == 0
+    assert f"seeds: left out ({kind}): {tmp_path / 'seeds.jsonl'}:2: not" in said and f"1 {kind} left out" in said
 
 
 @pytest.mark.parametrize(
@@ -196,12 +284,16 @@ def test_a_conversation_that_the_template_refuses_is_named_or_counted(tmp_path, 
     path = tmp_path / "seeds.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     section = SeedsSection(inputs=str(path), format=format, turns="last")
-    with pytest.raises(UserError, match=r"seeds\.jsonl:2: .*refuses the conversation: no turns.*malformed=skip"):
+    refusal = r"seeds\.jsonl:2: .*refuses the conversation: no turns.*seeds\.faults\.malformed=skip"
+    with pytest.raises(DataError, match=refusal):
         read_all_seeds([section], tokenizer)
-    kept = read_all_seeds([section.model_copy(update={"malformed": "skip"})], tokenizer)
+    skipping = section.faults.model_copy(update={"malformed": "skip"})
+    kept = read_all_seeds([section.model_copy(update={"faults": skipping})], tokenizer)
     assert kept[-1] == [user("the model")]
     assert len(kept) == 2
-    assert re.search(r"seeds\.jsonl: 1 conversations left out; the first: .*:2: ", capfd.readouterr().err)
+    told = capfd.readouterr().err
+    assert re.search(r"left out \(malformed\): .*seeds\.jsonl:2: .*no turns", told)
+    assert "1 malformed left out" in told
 
 
 def test_no_prompt_is_ever_on_both_sides(seeds):

@@ -194,3 +194,15 @@ def test_losses_refuse_what_does_not_fit(changed, message):
     }
     with pytest.raises(ValueError, match=message):
         linear_divergence(**{**given, **changed})
+
+
+def test_a_flipped_token_id_ends_training_with_the_sample_whichever_rank_reads_it(tiny, tmp_path):
+    shutil.copytree(tiny.corpus, tmp_path / "corpus")
+    tokens = tmp_path / "corpus" / "shard-00000.tokens"
+    tokens.write_bytes(b"\xff\x7f" * (tokens.stat().st_size // 2))
+    sources = [f"data.sources=[{{path: {tmp_path / 'corpus'}}}]", f"data.sequence_length={tiny.sequence_length}"]
+    done = patched("", 2, "pretrain", *arguments(tiny, tmp_path / "run", *sources), check=False)
+    for rank, one in enumerate(done):
+        assert one.returncode == 2
+        assert f"dist-train pretrain: rank {rank}: {tmp_path / 'corpus'}: its sample " in one.stderr
+        assert "has the token id 32767, outside the vocabulary of 320" in one.stderr and "Traceback" not in one.stderr
