@@ -188,7 +188,7 @@ class Demo:
 
         units = plan_units(find_files(self._text))
         texts = (record["text"] for unit in units for record in read_records(unit))
-        tokenizer = train_tokenizer(texts, self.out / "tokenizer", VOCAB_SIZE)
+        tokenizer = train_tokenizer(texts, self.out / "tokenizer", VOCAB_SIZE, chat_template="llama2")
         print(f"tokenizer: {tokenizer.vocab_size:,} pieces; {self.out / 'tokenizer'}", flush=True)
 
     def prepare_corpora(self) -> None:
