@@ -183,7 +183,8 @@ class Demo:
         from data_shards.inputs import read_texts
         from dist_train.tokenizer import train_tokenizer
 
-        tokenizer = train_tokenizer(read_texts(self._text), self.out / "tokenizer", VOCAB_SIZE)
+        texts = read_texts(self._text)
+        tokenizer = train_tokenizer(texts, self.out / "tokenizer", VOCAB_SIZE, chat_template="llama2")
         print(f"tokenizer: {tokenizer.vocab_size:,} pieces; {self.out / 'tokenizer'}", flush=True)
 
     def prepare_corpora(self) -> None:
