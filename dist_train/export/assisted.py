@@ -9,6 +9,7 @@ from dist_train.config import TargetSection
 from dist_train.errors import UserError
 from dist_train.models.drafter import load_drafter
 from dist_train.models.load import load_causal_lm
+from dist_train.models.quantized import quantization_of
 
 
 def check_assisted_generation(
@@ -16,12 +17,15 @@ def check_assisted_generation(
 ) -> int:
     """Generate greedily with transformers' assisted generation and without; the number of tokens compared.
 
-    In fp64, where rounding cannot turn an argmax between the two ways to the same logits. Raises UserError naming the
+    In fp64, where rounding cannot turn an argmax between the two ways to the same logits, unless the target's weights
+    are packed. Raises UserError naming the
     first prompt on which they differ.
     """
     import torch
 
-    model: Any = load_causal_lm(target).double()
+    model: Any = load_causal_lm(target)
+    if quantization_of(model.config) is None:
+        model = model.double()
     assistant: Any = load_drafter(folder).double().eval()
     compared = 0
     for number, prompt in enumerate(prompts):

@@ -7,7 +7,7 @@ from dist_train.generate.asks import conditions
 from dist_train.models.load import DTYPES
 from dist_train.plan.machine import Assumptions, Machine
 from dist_train.plan.report import Plan
-from dist_train.plan.shapes import measure, target_shape
+from dist_train.plan.shapes import target_size
 from dist_train.train.timing import flops_per_token
 
 _GIB = 2**30
@@ -22,7 +22,7 @@ def plan_generation(
     Every GPU holds the whole target and decodes batches of its own; prompts are left out. Raises UserError when the
     target's configuration is not at hand.
     """
-    target = measure(target_shape(config.target))
+    target = target_size(config.target)
     shape, width = target.shape, DTYPES[config.target.precision].itemsize
     each_seed = len(conditions(config))
     answers = seeds * each_seed

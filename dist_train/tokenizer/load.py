@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.tokenizer.base import LLAMA2_CHAT_TEMPLATE, Tokenizer
-from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
+from dist_train.tokenizer.huggingface import HuggingFaceTokenizer, weight_rows
 from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer, load_processor
 
 
@@ -21,6 +22,8 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> Tokenizer
     """
     path = Path(source)
     if path.is_file():
+        if path.suffix == ".json":
+            raise UserError(f"{source}: one of a tokenizer's files; set tokenizer to its folder, {path.parent}")
         return SentencePieceTokenizer(path)
     if not path.is_dir():
         if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
@@ -52,12 +55,12 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def _adds_tokens(folder: Path, model: Path) -> bool:
-    """Whether the folder's configuration has tokens beyond the sentencepiece model's."""
-    size = load_processor(model).vocab_size()
+    """Whether the folder has tokens beyond the sentencepiece model's that the model beside it, if any, knows."""
+    size, rows = load_processor(model).vocab_size(), weight_rows(folder)
     added = [token["id"] for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
     added += [int(i) for i in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})]
     added += list(_read_json(folder / "added_tokens.json").values())
-    return any(i >= size for i in added)
+    return any(size <= i < (rows or math.inf) for i in added)
 
 
 def _stored_chat_template(folder: Path) -> str | None:
