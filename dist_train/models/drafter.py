@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.errors import first_line
+from data_shards.files import inside
 from dist_train.errors import UserError
 from dist_train.losses import Head
 from dist_train.models.load import SPECIAL, from_pretrained_whole, read_config
@@ -124,7 +125,7 @@ def find_model(path: Path) -> Path:
     Raises UserError when it is none of them.
     """
     latest = path / CHECKPOINTS / LATEST
-    named = path / CHECKPOINTS / latest.read_text().strip() if latest.exists() else None
+    named = inside(path / CHECKPOINTS, latest.read_text().strip()) if latest.exists() else None
     if named is not None and named.is_dir():
         path = named
     elif folders := committed(path / CHECKPOINTS):  # a lost `latest` loses nothing
