@@ -51,7 +51,10 @@ def read_config(path: str | Path, what: str, *, trust_remote_code: bool = False,
     except Exception as error:  # of a value that makes no sense transformers raises anything
         if "trust_remote_code" in str(error) and not trust_remote_code:
             raise UserError(_needs_code(path, what)) from error
-        raise UserError(f"{path}: no {what}: {first_line(error)}") from error
+        why = (
+            "" if isinstance(error, (OSError, ValueError)) else f"config.json makes no sense: {type(error).__name__}: "
+        )
+        raise UserError(f"{path}: no {what}: {why}{first_line(error)}") from error
 
 
 def _needs_code(path: str | Path, what: str) -> str:
