@@ -57,10 +57,13 @@ def _download(hub_id: str, revision: str | None) -> Path:
 def _adds_tokens(folder: Path, model: Path) -> bool:
     """Whether the folder has tokens beyond the sentencepiece model's that the model beside it, if any, knows."""
     size, rows = load_processor(model).vocab_size(), weight_rows(folder)
-    added = [token["id"] for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
-    added += [int(i) for i in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})]
-    added += list(_read_json(folder / "added_tokens.json").values())
-    return any(size <= i < (rows or math.inf) for i in added)
+    try:
+        added = [token["id"] for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
+        added += [int(i) for i in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})]
+        added += list(_read_json(folder / "added_tokens.json").values())
+        return any(size <= i < (rows or math.inf) for i in added)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its added tokens make no sense: {error!r}; fetch the tokenizer again") from error
 
 
 def _stored_chat_template(folder: Path) -> str | None:

@@ -161,3 +161,9 @@ def test_each_folder_serves_or_is_told_in_one_line(tiny, command, tmp_path, name
             assert (code, complaint.count("\n")) == (2, 1), (stage, complaint)
             for word in (str(folder), *expected):
                 assert word in complaint
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_file_of_a_tokenizer_is_not_the_tokenizer(tiny, refused, tmp_path, name):
+    complaint = refused("prepare", f"inputs={tiny.chat_lines}", f"tokenizer={tiny.tokenizer / name}", f"out={tmp_path}")
+    assert f"set tokenizer to its folder, {tiny.tokenizer}" in complaint
