@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from dist_train.errors import UserError
 from dist_train.export.reference import Reference, served_chat_template, token_ids
 from dist_train.models.load import SPECIAL
+from dist_train.models.sizes import refuse_endless
 from dist_train.models.weights import weight_files
 from dist_train.tokenizer import PROBES, HuggingFaceTokenizer, SentencePieceTokenizer, differences, load_tokenizer
 
@@ -245,8 +246,15 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config))
+    try:
+        shape = LlamaConfig(**config)
+        refuse_endless(shape)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(shape)
+    except UserError:
+        raise
+    except Exception as error:  # of sizes that do not fit together torch and transformers raise anything
+        raise UserError(f"config.json describes no model that can be made: {error}") from error
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)

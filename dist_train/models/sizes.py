@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _GIB = 2**30
+_MOST_LAYERS = 10_000
 
 
 def render(estimate: Mapping[str, int]) -> str:
@@ -27,12 +28,21 @@ def skeleton(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel
     import torch
     from transformers import AutoModelForCausalLM
 
+    refuse_endless(config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # of sizes that do not fit together torch and transformers raise anything
         name = config.name_or_path or config.model_type
         raise UserError(f"{name}: config.json describes no model that can be made: {first_line(error)}") from error
+
+
+def refuse_endless(config: Any) -> None:
+    """Raise UserError where a configuration has more layers than could be made in a lifetime."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        name = config.name_or_path or config.model_type
+        raise UserError(f"{name}: config.json: num_hidden_layers {layers}: more than any model has; correct it")
 
 
 def parameters(config: Any, *, trust_remote_code: bool = False) -> int:

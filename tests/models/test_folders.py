@@ -105,6 +105,7 @@ FOLDERS = {
     "epsilon_is_whole": (config(rms_norm_eps=1), typed("rms_norm_eps", 1)),
     "tie_is_text": (config(tie_word_embeddings="false"), typed("tie_word_embeddings", "false")),
     "no_heads": (config(num_attention_heads=0), read("config.json", "zero")),
+    "endless": (config(num_hidden_layers=10**30), loaded("num_hidden_layers", "more than any model has")),
     "dropout_is_whole": (config(attention_dropout=0), {}),
     "theta_is_whole": (config(rope_theta=10000), {}),
     "several_ends": (config(eos_token_id=[2, 3]), {"check": 1}),  # the drafter's folder has one

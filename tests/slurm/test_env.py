@@ -21,8 +21,7 @@ def sourced(tmp_path):
     (tmp_path / "disk").mkdir()
 
     def run(**given):
-        least = {
-            "PATH": os.environ["PATH"],
+        places = {
             "SLURM_SUBMIT_DIR": str(tmp_path / "job"),
             "TMPDIR": str(tmp_path / "disk"),
         }
