@@ -109,6 +109,13 @@ def file_xxh64(path: Path) -> str:
     return digest.hexdigest()
 
 
+def inside(folder: Path, name: Any) -> Path:
+    """The path of a file that an index or a manifest in `folder` names. Raises DataError where it leads elsewhere."""
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise DataError(f"{folder}: its index names {name!r}, which is outside of it; make it again, or fetch it anew")
+    return folder / name
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` with its own checksum, in one canonical form, so that any changed byte shows on reading."""
     write_atomically(path, [_canonical(content)])

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_shards.errors import DataError
-from data_shards.files import AtomicFile, file_xxh64, read_json, write_atomically, write_json
+from data_shards.files import AtomicFile, file_xxh64, inside, read_json, write_atomically, write_json
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -228,14 +228,20 @@ class ShardedTokens:
             raise DataError(
                 f"{self.path}: format {self.index.get('format')}, this version reads {FORMAT_VERSION}; prepare it again"
             )
-        self.encoding = Encoding(**self.index["encoding"])
-        self.num_tokens: int = self.index["tokens"]
-        self.num_documents: int = self.index["documents"]
         # Bounded: a corpus of 10,000 shards would exhaust the file table. Per instance: a folder may be made anew.
         self._open = lru_cache(maxsize=256)(_open)
-        self._token_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])
-        self._document_starts = np.cumsum([0] + [shard["documents"] for shard in self.index["shards"]])
-        self._raise_for(self._misfits(slice(None), read_bytes=False))
+        try:
+            self.encoding = Encoding(**self.index["encoding"])
+            self.num_tokens: int = self.index["tokens"]
+            self.num_documents: int = self.index["documents"]
+            self._token_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])
+            self._document_starts = np.cumsum([0] + [shard["documents"] for shard in self.index["shards"]])
+            for shard in self.index["shards"]:
+                inside(self.path, shard["name"])
+            misfits = self._misfits(slice(None), read_bytes=False)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DataError(f"{self.path / INDEX}: no index of a corpus: {error!r}; prepare it again") from error
+        self._raise_for(misfits)
 
     # -- reading ------------------------------------------------------------------------------------------------
 
@@ -340,7 +346,7 @@ class ShardedTokens:
         files.update((self.index["packs"] or {}).get("files", {}))
         found = []
         for name, record in list(files.items())[which]:
-            path = self.path / name
+            path = inside(self.path, name)
             if not path.exists():
                 found.append(f"{name} is missing")
             elif path.stat().st_size != record["bytes"]:

@@ -5,8 +5,9 @@
 # module load cuda/12.8
 
 # -- Python: one of two -----------------------------------------------------------------------------------------
-# 1. A virtual environment: the one in the folder that the job was submitted from, unless one is active already.
-if [[ -z ${VIRTUAL_ENV:-} && -d ${SLURM_SUBMIT_DIR:-.}/.venv ]]; then
+# 1. A virtual environment: the one in the folder that the job was submitted from, unless one is active already, or
+#    DIST_TRAIN_PYTHON says which Python to take.
+if [[ -z ${VIRTUAL_ENV:-} && -z ${DIST_TRAIN_PYTHON:-} && -d ${SLURM_SUBMIT_DIR:-.}/.venv ]]; then
     source "${SLURM_SUBMIT_DIR:-.}/.venv/bin/activate"
 fi
 # 2. A container with dist-train installed, by its kind of image: .sqsh or docker:// for Enroot through Pyxis, .sif for
@@ -17,8 +18,9 @@ fi
 
 # -- Disk -------------------------------------------------------------------------------------------------------
 # What compilers make goes to the node's own disk: two nodes that build in one shared folder wait for each other's
-# locks, and a home on NFS is slow.
-local_disk=${TMPDIR:-/tmp}/dist-train-${USER:-$(id -un)}
+# locks, and a home on NFS is slow. What lies there is run: the folder is new, this user's alone (mktemp makes it 0700),
+# and of a name that nobody could guess and have made before, here or on the job's other nodes.
+local_disk=$(mktemp -d "${TMPDIR:-/tmp}/dist-train-XXXXXXXXXXXX") || exit
 export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$local_disk/torch_extensions}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_disk/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local_disk/inductor}

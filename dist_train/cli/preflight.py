@@ -172,12 +172,12 @@ def _with_llama(config: Any, options: argparse.Namespace, folder: Path) -> Any:
 
 def _vocab_size(config: Any, options: argparse.Namespace) -> int:
     """As training finds it: of the target, else of the tokenizer; what is given goes before both."""
-    from dist_train.plan.shapes import target_shape, tokenizer_vocabulary
+    from dist_train.plan.shapes import target_size, tokenizer_vocabulary
 
     if options.vocab_size is not None:
         return int(options.vocab_size)
     if config.target is not None:
-        return int(target_shape(config.target).vocab_size)
+        return int(target_size(config.target).shape.vocab_size)
     return tokenizer_vocabulary(config.tokenizer)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from data_shards.files import write_atomically
 from dist_train.config.base import ConfigType, Section, suggest
 from dist_train.errors import UserError
 
@@ -38,8 +39,11 @@ def read_tree(kind: type[ConfigType], tree: dict[str, Any], origin: str) -> Conf
 
 
 def save_config(config: Section, path: Path) -> None:
-    """Write the resolved tree as YAML; `load_config` reads it back to an equal one."""
-    path.write_text(dump_config(config))
+    """Write the resolved tree as YAML; `load_config` reads it back to an equal one.
+
+    A link at `path` is replaced, and never written through: where it leads is not ours.
+    """
+    write_atomically(path, [dump_config(config).encode()])
 
 
 def dump_config(config: Section) -> str:

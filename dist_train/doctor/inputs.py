@@ -12,8 +12,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from data_shards import DataError, ShardedTokens
 from dist_train.config import TargetSection, TrainConfig
 from dist_train.doctor.findings import Finding
@@ -81,18 +79,10 @@ def _look_at_tokenizer(source: str, target: TargetSection | None, *, strict: boo
 
 
 def _look_at_target(section: TargetSection) -> str:
-    from dist_train.models.load import read_target_config
+    from dist_train.models.load import check_target, read_target_config
 
+    check_target(section)
     shape = read_target_config(section)
-    folder = Path(section.path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UserError(f"{folder}: a configuration without weights; fetch the rest (hf download)")
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):  # compares the file's size with its header, and reads no more
-                pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: {error}; fetch it again (hf download)") from error
     return f"{section.path}: {shape.model_type}, {shape.num_hidden_layers} layers, vocabulary {shape.vocab_size:,}"
 
 

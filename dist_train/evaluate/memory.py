@@ -7,7 +7,7 @@ from typing import Any
 from dist_train.config import EvaluateConfig
 from dist_train.evaluate.tasks import load_prompts
 from dist_train.models.drafter import read_drafter_config
-from dist_train.models.load import DTYPES, read_target_config
+from dist_train.models.load import DTYPES, read_target_config, target_bytes
 from dist_train.models.sizes import cached, parameters, render
 from dist_train.models.target_tokenizer import load_target_tokenizer
 
@@ -24,7 +24,7 @@ def memory_report(config: EvaluateConfig, _world_size: int) -> str:
     drafters: list[Any] = [read_drafter_config(path) for path in config.drafters.values()]
     room = config.batch_size * (tokens + gamma + 2)
     estimate = {
-        "weights": width * sum(map(parameters, [target, *drafters])),
+        "weights": target_bytes(config.target) + width * sum(map(parameters, drafters)),
         "key-value caches": width * room * (cached(target) + max(map(cached, drafters))),
         # fp32: the target's logits and probabilities of a block, the drafts' probabilities.
         "logits": 4 * config.batch_size * (3 * gamma + 2) * target.vocab_size,

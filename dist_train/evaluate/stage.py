@@ -16,8 +16,9 @@ from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.models.drafter import find_model, load_drafter, read_drafter_config
-from dist_train.models.load import DTYPES, config_digest, read_target_config, target_identity
+from dist_train.models.load import DTYPES, check_target, config_digest, read_target_config, target_identity
 from dist_train.models.pairing import check_drafter
+from dist_train.models.sizes import num_parameters
 from dist_train.models.target import load_decoder, weights_digest
 from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
 from dist_train.runtime.process_group import Runtime, started
@@ -35,6 +36,7 @@ BATCHES_A_UNIT = 8
 def check(config: EvaluateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
     tokenizer = load_target_tokenizer(config.target, config.tokenizer, config.chat_template)
+    check_target(config.target)
     target = read_target_config(config.target)
     models = {config.target.path: target}
     for name, path in config.drafters.items():
@@ -129,7 +131,7 @@ class _Models:
     def parameters(self) -> dict[str, int]:
         """Of each drafter, and of the target under the name ''."""
         names = list(self.config.drafters)
-        return {"": self.target.num_parameters(), **{name: self.drafter(name).num_parameters() for name in names}}
+        return {"": num_parameters(self.target), **{name: num_parameters(self.drafter(name)) for name in names}}
 
     def digests(self) -> dict[str, str]:
         """Of all weights: others may have taken their place."""

@@ -36,7 +36,7 @@ def check_assisted_generation(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with phase(f"loading {target.path}"):
-        model: Any = load_causal_lm(target).to(device)
+        model: Any = load_causal_lm(target, device)
         assistant: Any = load_drafter(folder, DTYPES[target.precision])
         assistant = assistant.to(device).eval()
     compared = ties = 0

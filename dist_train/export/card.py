@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from data_shards.files import read_json
 from dist_train.errors import UserError
 from dist_train.export.provenance import is_hub_id, public_name
 from dist_train.models.drafter import find_model
-from dist_train.reports.tables import results_markdown
+from dist_train.reports.tables import escaped, results_markdown
 from dist_train.runtime.version import __version__
 
 
@@ -39,7 +41,7 @@ def model_card(facts: Facts) -> str:
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n",
-            f"# {facts.name}\n",
+            f"# {escaped(facts.name)}\n",
             _introduction(facts),
             _training(facts),
             f"## Measured\n\n{facts.results or 'Nothing: `dist-train evaluate` was not run on it, or not named.'}\n",
@@ -67,9 +69,10 @@ def read_results(folder: Path, drafter: Path) -> str:
     settings = [
         f"{row['task']}: top-p {row['top_p']:g}, at most {row['max_new_tokens']} new tokens" for row in rows["rows"]
     ]
+    target = escaped(public_name(results["target"]["path"]))
     return (
-        f"By dist-train evaluate, target {public_name(results['target']['path'])}; this drafter is *{name}*; "
-        f"{'; '.join(dict.fromkeys(settings))}; 95 % bootstrap intervals. "
+        f"By dist-train evaluate, target {target}; this drafter is *{escaped(name)}*; "
+        f"{escaped('; '.join(dict.fromkeys(settings)))}; 95 % bootstrap intervals. "
         "Block efficiency: tokens per call of the target, at most gamma + 1. MBSU: memory-bound speed-up.\n\n"
         f"{tables}"
     )
@@ -90,7 +93,7 @@ def _front_matter(facts: Facts) -> dict[str, Any]:
 
 
 def _introduction(facts: Facts) -> str:
-    target = f"**{public_name(facts.target)}**" if facts.target else "a chat model with the same tokenizer"
+    target = f"**{escaped(public_name(facts.target))}**" if facts.target else "a chat model with the same tokenizer"
     return (
         f"A draft model for speculative decoding with {target}: it guesses the next tokens, the target checks them in "
         f"one pass, and the output stays the target's. Of no use on its own.\n\n"
@@ -116,54 +119,58 @@ def _training(facts: Facts) -> str:
         if target := run.get("target"):
             revision = f", revision {target['revision']}" if target.get("revision") else ""
             hashes = f"configuration {target['config'][:12]}, head {target['head'][:12]}"
-            line += f"; target {target['path']}{revision} ({hashes})"
+            line += f"; target {escaped(target['path'])}{escaped(revision)} ({hashes})"
         lines.append(line)
     return "\n".join(lines) + "\n\nMethod: Goel et al. (2024), [arXiv 2403.00858](https://arxiv.org/abs/2403.00858).\n"
 
 
 def _source(source: dict[str, Any]) -> str:
     share = next((f" ({key} {source[key]:g})" for key in ("weight", "epochs") if key in source), "")
-    return f"{source['name']}{share}"
+    return f"{escaped(source['name'])}{share}"
 
 
 def _serving(facts: Facts) -> str:
-    target, name = public_name(facts.target) if facts.target else "TARGET", facts.name
+    target = _word(public_name(facts.target) if facts.target else "TARGET")
+    speculative = {"model": facts.name, "method": "draft_model", "num_speculative_tokens": 5}
     proven = "Not run at this export."
     if facts.assisted:
         prompts, tokens = facts.assisted
         proven = (
             f"Proven at this export, in fp64: the target's own greedy output on {prompts} prompts ({tokens:,} tokens)."
         )
-    convert = (
-        "`drafter.gguf` here was made by llama.cpp's converter."
-        if facts.gguf
-        else f"Convert first: `python convert_hf_to_gguf.py {name} --outfile drafter.gguf`."
-    )
+    made, convert = "`drafter.gguf` here was made by llama.cpp's converter.", ""
+    if not facts.gguf:
+        made, convert = "", f"python convert_hf_to_gguf.py {_word(facts.name)} --outfile drafter.gguf\n"
     return f"""## Serving
 
 transformers, assisted generation. {proven}
 
 ```python
-target.generate(**inputs, assistant_model=AutoModelForCausalLM.from_pretrained("{name}"))
+target.generate(**inputs, assistant_model=AutoModelForCausalLM.from_pretrained({facts.name!r}))
 ```
 
-llama.cpp. {convert} Unproven for this drafter; dist-train's tests draft in it on a CPU, with tiny models.
+llama.cpp. {made}{" " * bool(made)}Unproven for this drafter; dist-train's tests draft in it on a CPU, with tiny models.
 
 ```bash
-llama-server -m target.gguf --model-draft drafter.gguf --spec-type draft-simple --spec-draft-n-max 5
+{convert}llama-server -m target.gguf --model-draft drafter.gguf --spec-type draft-simple --spec-draft-n-max 5
 ```
 
 vLLM. Unproven: the commands are those of its documentation.
 
 ```bash
-vllm serve {target} --speculative-config '{{"model": "{name}", "method": "draft_model", "num_speculative_tokens": 5}}'
+vllm serve {target} --speculative-config {_word(json.dumps(speculative))}
 ```
 
 SGLang. Unproven, likewise.
 
 ```bash
 python -m sglang.launch_server --model-path {target} --speculative-algorithm STANDALONE \\
-    --speculative-draft-model-path {name} --speculative-num-steps 4 --speculative-eagle-topk 1 \\
+    --speculative-draft-model-path {_word(facts.name)} --speculative-num-steps 4 --speculative-eagle-topk 1 \\
     --speculative-num-draft-tokens 5
 ```
 """
+
+
+def _word(text: str) -> str:
+    """One word for a shell, whatever it holds; what cannot be printed would end the block that it stands in."""
+    return shlex.quote("".join(character if character.isprintable() else "?" for character in text))

@@ -16,14 +16,26 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from dist_train.errors import UserError
-from dist_train.export.reference import SPECIAL, Reference, served_chat_template, token_ids
+from dist_train.export.reference import Reference, served_chat_template, token_ids
+from dist_train.models.load import SPECIAL
+from dist_train.models.sizes import refuse_endless
+from dist_train.models.weights import weight_files
 from dist_train.tokenizer import PROBES, HuggingFaceTokenizer, SentencePieceTokenizer, differences, load_tokenizer
 
 ARCHITECTURE = "LlamaForCausalLM"
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz"}
 AGAIN = "export again with dist-train export"
 # What files raise, and transformers of a configuration whose values it cannot use.
-_UNREADABLE = (OSError, SafetensorError, StrictDataclassError, ValueError, TypeError, KeyError, ZeroDivisionError)
+_UNREADABLE = (
+    UserError,
+    OSError,
+    SafetensorError,
+    StrictDataclassError,
+    ValueError,
+    TypeError,
+    KeyError,
+    ZeroDivisionError,
+)
 _IGNORED = re.compile(
     r"inv_freq$|^lm_head\.weight$"
 )  # servers pass over old rotary buffers, and the copy of a tied head
@@ -224,8 +236,7 @@ class _Weight(NamedTuple):
 
 def _stored(folder: Path) -> Iterator[tuple[str, _Weight]]:
     """Of every file that the index names, or of the only one."""
-    index = _read_json(folder / "model.safetensors.index.json")
-    for name in sorted(set(index["weight_map"].values())) if index else ["model.safetensors"]:
+    for name in weight_files(folder):
         with safe_open(folder / name, framework="pt") as tensors:
             for key in tensors.keys():  # noqa: SIM118, safe_open is no mapping
                 tensor = tensors.get_tensor(key)
@@ -238,8 +249,15 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with torch.device("meta"):
-        model = LlamaForCausalLM(LlamaConfig(**config))
+    try:
+        shape = LlamaConfig(**config)
+        refuse_endless(shape)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(shape)
+    except UserError:
+        raise
+    except Exception as error:  # of sizes that do not fit together torch and transformers raise anything
+        raise UserError(f"config.json describes no model that can be made: {error}") from error
     shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         shapes.pop("lm_head.weight", None)

@@ -10,11 +10,9 @@ from typing import Any
 from data_shards.errors import first_line
 from dist_train.config import TargetSection
 from dist_train.errors import UserError
-from dist_train.models.load import read_generation_config, read_target_config
+from dist_train.models.load import SPECIAL, read_generation_config, read_target_config
 from dist_train.models.target_tokenizer import named_tokenizer
 from dist_train.tokenizer import Templates, Tokenizer, refuse_torn
-
-SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,14 @@ def reference_of_target(section: TargetSection, chat_template: str | None = None
     `chat_template`: file or name of the one that its server is given, if it is not the tokenizer's own.
     """
     config = read_target_config(section)
-    special = {name: getattr(config, name, None) for name in SPECIAL}
+    special = {name: _known(getattr(config, name, None), config.vocab_size) for name in SPECIAL}
     tokenizer = named_tokenizer(section, None, chat_template)
     return Reference(
         source=section.path,
         tokenizer=tokenizer,
         vocab_size=config.vocab_size,
         special=special,
-        generation=_generation_ids(section, special),
+        generation=_generation_ids(section, special, config.vocab_size),
         chat_template=tokenizer.chat_template,
         max_positions=getattr(config, "max_position_embeddings", None),
     )
@@ -77,16 +75,22 @@ def served_chat_template(folder: Path) -> Templates:
 
     refuse_torn(folder)
     try:
-        found: Templates = AutoTokenizer.from_pretrained(folder).chat_template
+        found: Templates = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template
         return found
     except Exception as error:  # what tokenizers raises for a torn file is no narrower
         reason = first_line(error)
         raise UserError(f"{folder}: transformers loads no tokenizer from it: {reason}") from error
 
 
-def _generation_ids(section: TargetSection, special: dict[str, Any]) -> dict[str, Any]:
+def _known(ids: Any, vocab_size: int) -> Any:
+    """None for an id that no token has, such as a padding id of -1: older configurations say "none" so."""
+    return ids if all(0 <= i < vocab_size for i in token_ids(ids)) else None
+
+
+def _generation_ids(section: TargetSection, special: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     """generation_config.json may end texts at more ids than config.json; without one config.json's count."""
     found = read_generation_config(section)
     if found is None:
         return copy.deepcopy(special)
-    return {name: special[name] if getattr(found, name) is None else getattr(found, name) for name in SPECIAL}
+    known = {name: _known(getattr(found, name), vocab_size) for name in SPECIAL}
+    return {name: special[name] if known[name] is None else known[name] for name in SPECIAL}

@@ -15,7 +15,7 @@ from dist_train.export.gguf import find_converter, write_gguf
 from dist_train.export.provenance import training_provenance
 from dist_train.export.reference import Reference, reference_of_target, reference_of_tokenizer, token_ids
 from dist_train.models.drafter import damaged_weights, find_model, load_drafter, read_drafter_config
-from dist_train.models.load import read_target_config
+from dist_train.models.load import check_target, read_target_config
 from dist_train.models.pairing import refuse_other_pieces
 from dist_train.models.target_tokenizer import load_target_tokenizer
 from dist_train.prompts.seeds import encoded, read_with_ids, refuse_long
@@ -71,6 +71,7 @@ def _check_export(config: ExportConfig, reference: Reference) -> None:
     if config.results is not None:
         read_results(config.results, config.drafter)
     if config.target is not None and config.prompts is not None:
+        check_target(config.target)
         _prompts(config.prompts, config.max_new_tokens, config.target, source, reference)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from dist_train.config import GenerateConfig
-from dist_train.models.load import DTYPES, read_target_config
-from dist_train.models.sizes import cached, parameters, render
+from dist_train.models.load import DTYPES, read_target_config, target_bytes
+from dist_train.models.sizes import cached, render
 from dist_train.models.target_tokenizer import load_target_tokenizer
 from dist_train.prompts.seeds import read_encoded_seeds
 
@@ -23,7 +23,7 @@ def memory_report(config: GenerateConfig, _world_size: int) -> str:
     target: Any = read_target_config(config.target)
     width, tokens = DTYPES[config.target.precision].itemsize, max(map(len, prompts)) + config.max_new_tokens
     estimate = {
-        "weights": width * parameters(target),
+        "weights": target_bytes(config.target),
         "key-value cache": width * config.batch_size * tokens * cached(target),
         "logits": 4 * config.batch_size * target.vocab_size,
     }

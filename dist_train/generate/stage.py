@@ -18,7 +18,7 @@ from dist_train.generate.asks import Ask, Condition, Engine, Sampling, condition
 from dist_train.generate.memory import memory_report
 from dist_train.generate.page import write_page
 from dist_train.generate.statistics import Stopwatch, gather
-from dist_train.models.load import read_generation_config, read_target_config, target_identity
+from dist_train.models.load import check_target, read_generation_config, read_target_config, target_identity
 from dist_train.models.target import load_decoder
 from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
 from dist_train.prompts.seeds import read_encoded_seeds, refuse_long
@@ -41,6 +41,8 @@ class Work(NamedTuple):
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
+    if config.engine.kind == "transformers":
+        check_target(config.target)
     generation = Generation(config)
     refuse_long(generation.prompts, config.max_new_tokens, config.target.path, generation.target, "seeds.max_tokens")
     refuse_other_plan(config.out, generation.plan)

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from data_shards.errors import first_line
+from data_shards.files import inside
 from dist_train.errors import UserError
 from dist_train.losses import Head
 from dist_train.models.attention import Documents, use_attention
-from dist_train.models.load import from_pretrained_whole
+from dist_train.models.load import SPECIAL, from_pretrained_whole, read_config
+from dist_train.models.weights import refuse_unreadable_weights
 from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedModel
+    from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
     from dist_train.config import DrafterSection
 
@@ -89,6 +91,7 @@ def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
     folder = find_model(path)
     if damaged := damaged_weights(folder):
         raise UserError(f"{folder.parent}: is damaged: {'; '.join(damaged)}; restore it or name another checkpoint")
+    refuse_unreadable_weights(folder)
     try:
         return from_pretrained_whole(folder, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit
@@ -97,13 +100,19 @@ def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 
 def read_drafter_config(path: Path) -> Any:
     """The Hugging Face configuration of a drafter that is there. Raises UserError when it cannot be read."""
-    from transformers import AutoConfig
+    return read_config(find_model(path), "drafter", local_files_only=True)
 
-    folder = find_model(path)
-    try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder}: no drafter: {first_line(error)}") from error
+
+def answers_end(model: PreTrainedModel) -> GenerationConfig:
+    """The special ids of a drafter's generation configuration, for a folder of its weights.
+
+    Nothing else of it matters to a drafter, and transformers saves none whose settings contradict each other, though it
+    loads them.
+    """
+    from transformers import GenerationConfig
+
+    ids = {name: getattr(model.generation_config, name) for name in SPECIAL}
+    return GenerationConfig(**{name: i for name, i in ids.items() if isinstance(i, list) or (i is not None and i >= 0)})
 
 
 def damaged_weights(folder: Path) -> list[str]:
@@ -117,7 +126,7 @@ def find_model(path: Path) -> Path:
     Raises UserError when it is none of them.
     """
     latest = path / CHECKPOINTS / LATEST
-    named = path / CHECKPOINTS / latest.read_text().strip() if latest.exists() else None
+    named = inside(path / CHECKPOINTS, latest.read_text().strip()) if latest.exists() else None
     if named is not None and named.is_dir():
         path = named
     elif folders := committed(path / CHECKPOINTS):  # a lost `latest` loses nothing

@@ -20,6 +20,9 @@ import torch
 
 from data_shards.errors import first_line
 from dist_train.errors import UserError
+from dist_train.models.quantized import quantization_of, refuse_unloadable
+from dist_train.models.sizes import parameters
+from dist_train.models.weights import refuse_unreadable_weights, weight_files
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -27,20 +30,69 @@ if TYPE_CHECKING:
     from dist_train.config import TargetSection
     from dist_train.runtime.process_group import Runtime
 
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def read_config(path: str | Path, what: str, *, trust_remote_code: bool = False, **where: Any) -> PretrainedConfig:
+    """The Hugging Face configuration at `path`; code that it brings runs only if trusted, and nobody is asked.
+
+    `what` names in messages whose it is, `where` goes to transformers. Raises UserError where it cannot be used.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    _refuse_adapter(path)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **where)
+    except StrictDataclassError as error:
+        reason = first_line(error.__cause__ or error)
+        raise UserError(f"{path}: config.json: {reason}; correct it, transformers does not load it so") from error
+    except Exception as error:  # of a value that makes no sense transformers raises anything
+        if "trust_remote_code" in str(error) and not trust_remote_code:
+            raise UserError(_needs_code(path, what)) from error
+        why = (
+            "" if isinstance(error, (OSError, ValueError)) else f"config.json makes no sense: {type(error).__name__}: "
+        )
+        raise UserError(f"{path}: no {what}: {why}{first_line(error)}") from error
+
+
+def _needs_code(path: str | Path, what: str) -> str:
+    mend = "read it, then set target.trust_remote_code=true" if what == "target model" else "take another"
+    return f"{path}: the {what} needs code that comes with it; {mend}"
+
+
+def _refuse_adapter(path: str | Path) -> None:
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.is_file() or (Path(path) / "config.json").exists():
+        return
+    try:
+        base = json.loads(adapter.read_text()).get("base_model_name_or_path")
+    except (ValueError, AttributeError):
+        base = None
+    raise UserError(
+        f"{path}: an adapter of {base or 'another model'}, not a model; merge the two (merge_and_unload of peft), save "
+        "what comes out, and name that folder"
+    )
+
+
+def _read_whole_config(section: TargetSection) -> PretrainedConfig:
+    return read_config(
+        section.path, "target model", revision=section.revision, trust_remote_code=section.trust_remote_code
+    )
 
 
 def read_target_config(section: TargetSection) -> PretrainedConfig:
     """The target's configuration alone: cheap, for checks before anything starts. Raises UserError."""
-    from transformers import AutoConfig
+    return _read_whole_config(section).get_text_config()
 
-    try:
-        config = AutoConfig.from_pretrained(
-            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"{section.path}: no target model: {first_line(error)}") from error
-    return config.get_text_config()
+
+def check_target(section: TargetSection) -> None:
+    """Raise UserError where the target's weights will not load here, as far as can be told without loading them."""
+    config = _read_whole_config(section)
+    if quantization := quantization_of(config):
+        refuse_unloadable(section, quantization)
+    refuse_unreadable_weights(Path(section.path))
 
 
 def read_generation_config(section: TargetSection) -> Any:
@@ -48,13 +100,27 @@ def read_generation_config(section: TargetSection) -> Any:
     from transformers import GenerationConfig
 
     try:
-        return GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
+        found = GenerationConfig.from_pretrained(section.path, revision=section.revision or "main")
     except (OSError, ValueError, TypeError) as error:
         # transformers says OSError of what is not there, and of what cannot be read.
         is_torn = not isinstance(error, OSError) or isinstance(error.__context__, ValueError)
         if not is_torn and not (Path(section.path) / "generation_config.json").exists():
             return None
         raise UserError(f"{section.path}: generation_config.json cannot be read: {error}; fetch it again") from error
+    for name in SPECIAL:
+        ids = getattr(found, name)
+        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids] if ids is not None else [])):
+            raise UserError(f"{section.path}: generation_config.json: {name} is {ids!r}, no token id; correct it")
+    return found
+
+
+def target_bytes(section: TargetSection) -> int:
+    """What the whole target's weights take: as they are stored where they are packed, else in its precision."""
+    folder = Path(section.path)
+    if quantization_of(_read_whole_config(section)) and folder.is_dir():
+        return sum((folder / name).stat().st_size for name in weight_files(folder) if (folder / name).exists())
+    count = parameters(read_target_config(section), trust_remote_code=section.trust_remote_code)
+    return DTYPES[section.precision].itemsize * count
 
 
 def target_identity(section: TargetSection) -> dict[str, str | None]:
@@ -85,10 +151,17 @@ def check_vocabulary(section: TargetSection, vocab_size: int, of_what: str) -> N
         )
 
 
-def load_causal_lm(section: TargetSection, **how: Any) -> Any:
-    """The whole model, frozen, on the CPU; `how` goes to from_pretrained. Raises UserError when it cannot be loaded."""
+def load_causal_lm(section: TargetSection, device: torch.device | None = None, **how: Any) -> Any:
+    """The whole model, frozen, on `device` or the CPU; `how` goes to from_pretrained.
+
+    Raises UserError when it cannot be loaded.
+    """
     from safetensors import SafetensorError
 
+    check_target(section)
+    quantized = quantization_of(_read_whole_config(section)) is not None
+    if quantized and device is not None:
+        how["device_map"] = {"": device}  # packed weights are made for a device, and stay there
     try:
         model = from_pretrained_whole(
             section.path,
@@ -97,19 +170,28 @@ def load_causal_lm(section: TargetSection, **how: Any) -> Any:
             dtype=DTYPES[section.precision],
             **how,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{section.path}: the target cannot be loaded: {first_line(error)}") from error
     except RuntimeError as error:
-        if "mismatch" not in str(error):  # of shapes; else of a collective, or of memory
-            raise
-        raise UserError(f"{section.path}: its weights are not those that its config.json describes") from error
+        # Of shapes, or of kernels for packed weights that this machine lacks; else of a collective, or of memory.
+        if "mismatch" in str(error):
+            raise UserError(f"{section.path}: its weights are not those that its config.json describes") from error
+        if quantized and not isinstance(error, torch.OutOfMemoryError):
+            raise UserError(f"{section.path}: the target cannot be loaded: {first_line(error)}") from error
+        raise
+    if device is not None and not quantized:
+        model = model.to(device)
     return model.eval().requires_grad_(False)
 
 
-def from_pretrained_whole(path: str | Path, **how: Any) -> Any:
-    """As transformers loads it, but a weight that its files lack is a UserError, where it takes random numbers."""
+def from_pretrained_whole(path: str | Path, *, trust_remote_code: bool = False, **how: Any) -> Any:
+    """As transformers loads it, but a weight that its files lack is a UserError, where it takes random numbers.
+
+    From safetensors alone: nothing is unpickled.
+    """
     from transformers import AutoModelForCausalLM
 
+    how |= {"trust_remote_code": trust_remote_code, "use_safetensors": True}
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **how)
     model, found = loaded
     if missing := sorted(found["missing_keys"]):

@@ -1,11 +1,19 @@
-"""What a model takes, by its configuration alone."""
+"""How large a model is, by its configuration or as it is loaded: whole, whatever shards or packs it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from data_shards.errors import first_line
+from dist_train.errors import UserError
+from dist_train.models.quantized import quantization_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _GIB = 2**30
+_MOST_LAYERS = 10_000
 
 
 def render(estimate: Mapping[str, int]) -> str:
@@ -15,13 +23,44 @@ def render(estimate: Mapping[str, int]) -> str:
     return "\n".join([f"# memory a rank: {total:.2f} GiB and activations", *lines])
 
 
-def parameters(config: Any) -> int:
-    """Of a causal language model of this configuration, made without storage."""
+def skeleton(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A causal language model of this configuration, without storage. Raises UserError where none can be made of it."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config).num_parameters()
+    refuse_endless(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # of sizes that do not fit together torch and transformers raise anything
+        name = config.name_or_path or config.model_type
+        raise UserError(f"{name}: config.json describes no model that can be made: {first_line(error)}") from error
+
+
+def refuse_endless(config: Any) -> None:
+    """Raise UserError where a configuration has more layers than could be made in a lifetime."""
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > _MOST_LAYERS:
+        name = config.name_or_path or config.model_type
+        raise UserError(f"{name}: config.json: num_hidden_layers {layers}: more than any model has; correct it")
+
+
+def parameters(config: Any, *, trust_remote_code: bool = False) -> int:
+    """Of a causal language model of this configuration."""
+    return num_parameters(skeleton(config, trust_remote_code=trust_remote_code))
+
+
+def num_parameters(model: PreTrainedModel) -> int:
+    """Of a model, over all ranks; tied ones once."""
+    return sum(_sizes(_plain(model)).values())
+
+
+def matrix_parameters(model: PreTrainedModel) -> int:
+    """Parameters that a token is multiplied with, over all ranks: the head, tied or not, and no embedding table."""
+    model = _plain(model)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    sizes = _sizes(model)
+    return sum(sizes.values()) - (sizes[id(embedding)] if head is not embedding else 0)
 
 
 def cached(config: Any) -> int:
@@ -29,3 +68,18 @@ def cached(config: Any) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return 2 * config.num_hidden_layers * heads * size
+
+
+def _sizes(model: PreTrainedModel) -> dict[int, int]:
+    """Elements of each parameter, of which ZeRO-3 leaves a rank a part."""
+    return {id(p): int(getattr(p, "ds_numel", p.numel())) for p in model.parameters()}
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or one of the same shape without storage where its weights are packed."""
+    import torch
+
+    if quantization_of(model.config) is None:
+        return model
+    with torch.device("meta"):
+        return type(model)(model.config)

@@ -23,6 +23,7 @@ from dist_train.models.load import (
     load_tensor_parallel,
     load_zero3,
 )
+from dist_train.models.sizes import matrix_parameters
 from dist_train.runtime.progress import phase
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class Target:
         elif section.sharding == "tp":
             model, self._group = load_tensor_parallel(section, runtime)
         else:
-            model = load_causal_lm(section).to(runtime.device)
+            model = load_causal_lm(section, runtime.device)
         use_attention(model, section.attention, section.path)
         self._decoder = model.get_decoder()
         self.config = model.config.get_text_config()
@@ -119,7 +120,7 @@ class Target:
 def load_decoder(section: TargetSection, device: torch.device) -> Any:
     """The whole model on one device, to decode with. Raises UserError where it cannot be loaded or makes no sense."""
     with phase(f"loading {section.path}"):
-        model = load_causal_lm(section).to(device)
+        model = load_causal_lm(section, device)
         probe(model, section, device)
     return model
 
@@ -145,7 +146,8 @@ def _read_head(model: PreTrainedModel) -> Head:
     output, config = model.get_output_embeddings(), model.config.get_text_config()
     with GatheredParameters([p for p in output.parameters() if hasattr(p, "ds_id")]):
         weight, bias = (_whole(getattr(output, name, None)) for name in ("weight", "bias"))
-    assert weight is not None
+    if weight is None or not weight.is_floating_point():
+        raise UserError(f"{config.model_type}: a target whose output head is quantised too is not supported")
     scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     return Head(weight, bias, float(scale), getattr(config, "final_logit_softcapping", None))
 
@@ -159,13 +161,6 @@ def _whole(parameter: Any) -> Tensor | None:
     return parameter.detach()
 
 
-def matrix_parameters(model: PreTrainedModel) -> int:
-    """Parameters that a token is multiplied with, over all ranks: the head, tied or not, and no embedding table."""
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    sizes = {id(p): int(getattr(p, "ds_numel", p.numel())) for p in model.parameters()}
-    return sum(sizes.values()) - (sizes[id(embedding)] if head is not embedding else 0)
-
-
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -175,7 +170,9 @@ def weights_digest(model: PreTrainedModel) -> str:
     Sums are made where the weights are, at the speed of their memory, and are the same on every device.
     """
     digest = xxhash.xxh64()
-    for weight in model.parameters():
+    stored = model.state_dict(keep_vars=True)  # packed weights may be buffers
+    weights = {id(weight): weight for weight in stored.values() if isinstance(weight, Tensor)}
+    for weight in weights.values():
         numbers = weight.detach().contiguous().view(_INTEGERS[weight.element_size()]).flatten()
         sums = torch.stack([part.sum(dtype=torch.int64) for part in numbers.tensor_split(64)])
         digest.update(sums.cpu().numpy().tobytes())

@@ -7,7 +7,7 @@ from dist_train.generate.asks import conditions
 from dist_train.models.load import DTYPES
 from dist_train.plan.machine import Assumptions, Machine
 from dist_train.plan.report import Plan
-from dist_train.plan.shapes import measure, target_shape
+from dist_train.plan.shapes import target_size
 from dist_train.train.timing import flops_per_token
 
 _GIB = 2**30
@@ -23,7 +23,7 @@ def plan_generation(
     target's configuration is not at hand.
     """
     config = resolve_precision(config, machine.gpu.fast_precision)
-    target = measure(target_shape(config.target))
+    target = target_size(config.target)
     shape, width = target.shape, DTYPES[config.target.precision].itemsize
     each_seed = len(conditions(config))
     answers = seeds * each_seed

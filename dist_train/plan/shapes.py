@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dist_train.config import TargetSection, TrainConfig
 from dist_train.errors import UserError
 
@@ -30,15 +28,12 @@ class Size:
         return int(self.shape.vocab_size * self.shape.hidden_size)
 
 
-def measure(shape: Any) -> Size:
+def measure(shape: Any, *, trust_remote_code: bool = False) -> Size:
     """The `Size` of a Hugging Face configuration."""
-    from transformers import AutoModelForCausalLM
+    from dist_train.models.sizes import matrix_parameters, num_parameters, skeleton
 
-    from dist_train.models.target import matrix_parameters
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-    return Size(shape, int(model.num_parameters()), matrix_parameters(model))
+    model = skeleton(shape, trust_remote_code=trust_remote_code)
+    return Size(shape, num_parameters(model), matrix_parameters(model))
 
 
 def llama_of(parameters: float, vocab_size: int) -> Any:
@@ -65,12 +60,12 @@ def llama_of(parameters: float, vocab_size: int) -> Any:
     )
 
 
-def target_shape(section: TargetSection) -> Any:
-    """The target's configuration. Raises UserError that names the flag for targets that are not at hand."""
+def target_size(section: TargetSection) -> Size:
+    """The target's `Size`. Raises UserError that names the flag for targets that are not at hand."""
     from dist_train.models.load import read_target_config
 
     try:
-        return read_target_config(section)
+        return measure(read_target_config(section), trust_remote_code=section.trust_remote_code)
     except UserError as error:
         raise UserError(f"{error}; or plan without it: --target-parameters 7e9") from error
 

@@ -9,7 +9,7 @@ from dist_train.errors import UserError
 from dist_train.models.load import DTYPES
 from dist_train.plan.machine import Assumptions, Machine
 from dist_train.plan.report import Plan
-from dist_train.plan.shapes import Size, drafter_shape, measure, target_shape
+from dist_train.plan.shapes import Size, drafter_shape, measure, target_size
 from dist_train.train.engine import deepspeed_config
 from dist_train.train.memory import checkpoint_bytes, kept_checkpoints, memory_estimate
 from dist_train.train.timing import flops_per_token
@@ -26,7 +26,7 @@ def plan_training(config: TrainConfig, machine: Machine, assumed: Assumptions, v
     train, length = config.train, config.data.sequence_length
     drafter = measure(drafter_shape(config, vocab_size))
     section = config.target if set(config.objective) != {"ce"} else None
-    target = measure(target_shape(section)) if section is not None else None
+    target = target_size(section) if section is not None else None
     if section is not None and section.sharding == "tp" and machine.gpus % section.tp_size:
         raise UserError(f"target.tp_size {section.tp_size}: {machine.gpus} ranks are not groups of that many")
     tokens = train.steps * train.global_batch * length

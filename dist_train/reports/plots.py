@@ -20,6 +20,7 @@ def style() -> Iterator[None]:
     with mpl.rc_context(
         {
             "svg.fonttype": "none",
+            "text.parse_math": False,  # names are names, whatever they spell
             "font.family": "sans-serif",
             "font.size": 10,
             "axes.spines.top": False,

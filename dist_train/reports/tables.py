@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -69,8 +70,14 @@ def shares(values: Sequence[float]) -> str:
     return " ".join(f"{value:.0%}" for value in values)
 
 
+def escaped(text: str) -> str:
+    """In one line, a backslash before what Markdown takes for the end of a cell, HTML, code, emphasis or a link."""
+    return re.sub(r"([\\|<>`*]|\](?=[(\[]))", r"\\\1", " ".join(text.split()))
+
+
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """One table."""
+    """One table, whose cells are shown as they are."""
+    header, rows = [*map(escaped, header)], [[*map(escaped, row)] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "".join(

@@ -16,7 +16,7 @@ import re
 from pathlib import Path
 
 from data_shards.errors import DataError
-from data_shards.files import file_xxh64, read_json
+from data_shards.files import file_xxh64, inside, read_json
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -52,14 +52,14 @@ def verify(folder: Path, below: str = "") -> list[str]:
     byte of them.
     """
     try:
-        manifest = read_json(folder / MANIFEST)
+        files = read_json(folder / MANIFEST)["files"]
+        named = {name: (inside(folder, name), record) for name, record in files.items() if name.startswith(below)}
     except DataError as error:
         return [str(error)]
+    except (KeyError, AttributeError):
+        return [f"{folder / MANIFEST}: names no files"]
     found = []
-    for name, record in manifest["files"].items():
-        if not name.startswith(below):
-            continue
-        path = folder / name
+    for name, (path, record) in named.items():
         if not path.exists():
             found.append(f"{name} is missing")
         elif path.stat().st_size != record["bytes"]:

@@ -26,7 +26,7 @@ class HuggingFaceTokenizer(Tokenizer):
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # None asks
         except Exception as error:  # what tokenizers raises for a torn file is no narrower
             reason = first_line(error).rstrip(": ")
             raise UserError(f"{source}: no tokenizer can be loaded from it: {reason}; {_MEND}") from error
@@ -40,12 +40,20 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{source}: its tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
         self.source = source
         self.sha256 = hashlib.sha256(self._tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-        self.vocab_size = len(self._tokenizer)
+        added = {i: str(token) for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        self.vocab_size, rows = len(self._tokenizer), weight_rows(Path(source))
+        if rows is not None and all(i in added for i in range(rows, self.vocab_size)):
+            # Special tokens that no text gives, such as a <pad> added for training, and that no model knows.
+            self.vocab_size = min(self.vocab_size, rows)
         self.bos_id, self.eos_id = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         self.adds_bos = self.bos_id is not None and self._tokenizer("a").input_ids[:1] == [self.bos_id]
         backend = json.loads(self._tokenizer.backend_tokenizer.to_str())
         self.byte_fallback = bool(backend["model"].get("byte_fallback"))
-        special = {str(token): (i, token) for i, token in self._tokenizer.added_tokens_decoder.items() if token.special}
+        special = {
+            str(token): (i, token)
+            for i, token in self._tokenizer.added_tokens_decoder.items()
+            if token.special and i < self.vocab_size
+        }
         self.special = SpecialTokens(
             {token: i for token, (i, _) in special.items()},
             strips_left=[token for token, (_, flags) in special.items() if flags.lstrip],
@@ -94,3 +102,13 @@ class HuggingFaceTokenizer(Tokenizer):
     def save(self, folder: Path) -> None:
         """Write Hugging Face's files."""
         self._tokenizer.save_pretrained(folder)
+
+
+def weight_rows(folder: Path) -> int | None:
+    """How many ids the model beside the tokenizer knows; None where there is none, or it does not say."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        rows = config.get("vocab_size") or config["text_config"]["vocab_size"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None  # told where the model itself is wanted
+    return rows if type(rows) is int else None

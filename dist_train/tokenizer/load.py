@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.tokenizer.base import Tokenizer
 from dist_train.tokenizer.chat import read_template
-from dist_train.tokenizer.huggingface import HuggingFaceTokenizer
+from dist_train.tokenizer.huggingface import HuggingFaceTokenizer, weight_rows
 from dist_train.tokenizer.sentencepiece import SentencePieceTokenizer, load_processor
 
 
@@ -31,6 +32,8 @@ def load_tokenizer(source: str | Path, revision: str | None = None, chat_templat
 def _load(source: str | Path, revision: str | None) -> Tokenizer:
     path = Path(source)
     if path.is_file():
+        if path.suffix == ".json":
+            raise UserError(f"{source}: one of a tokenizer's files; set tokenizer to its folder, {path.parent}")
         return SentencePieceTokenizer(path)
     if not path.is_dir():
         if path.is_absolute() or str(source).count("/") != 1 or str(source).startswith("."):
@@ -62,12 +65,15 @@ def _download(hub_id: str, revision: str | None) -> Path:
 
 
 def _adds_tokens(folder: Path, model: Path) -> bool:
-    """Whether the folder's configuration has tokens beyond the sentencepiece model's."""
-    size = load_processor(model).vocab_size()
-    added = [token["id"] for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
-    added += [int(i) for i in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})]
-    added += list(_read_json(folder / "added_tokens.json").values())
-    return any(i >= size for i in added)
+    """Whether the folder has tokens beyond the sentencepiece model's that the model beside it, if any, knows."""
+    size, rows = load_processor(model).vocab_size(), weight_rows(folder)
+    try:
+        added = [token["id"] for token in _read_json(folder / "tokenizer.json").get("added_tokens", [])]
+        added += [int(i) for i in _read_json(folder / "tokenizer_config.json").get("added_tokens_decoder", {})]
+        added += list(_read_json(folder / "added_tokens.json").values())
+        return any(size <= i < (rows or math.inf) for i in added)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder}: its added tokens make no sense: {error!r}; fetch the tokenizer again") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

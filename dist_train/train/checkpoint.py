@@ -35,6 +35,7 @@ from data_shards import DataError
 from data_shards.files import file_xxh64, read_json, write_atomically, write_json
 from dist_train.config import CheckpointSection
 from dist_train.errors import UserError
+from dist_train.models.drafter import answers_end
 from dist_train.runtime.process_group import Runtime
 from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
 from dist_train.train.lease import Lease
@@ -300,7 +301,7 @@ def _describe(folder: Path, model: Any, drafter: DrafterState, parts: list[list[
         index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
         (folder / name / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
         model.config.save_pretrained(folder / name)
-        model.generation_config.save_pretrained(folder / name)
+        answers_end(model).save_pretrained(folder / name)
         made += sorted((folder / name).glob("*.json"))
     return made
 

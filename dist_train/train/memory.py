@@ -12,7 +12,8 @@ from dist_train.config import TargetSection, TrainConfig, resolve_precision
 from dist_train.errors import UserError
 from dist_train.losses import needs_target
 from dist_train.losses.sizes import chunk_rows
-from dist_train.models.load import DTYPES, read_target_config
+from dist_train.models.load import DTYPES, read_target_config, target_bytes
+from dist_train.models.sizes import parameters
 from dist_train.runtime.process_group import Runtime
 from dist_train.runtime.world import local_world_size
 from dist_train.train.engine import deepspeed_config
@@ -103,13 +104,13 @@ def _target_bytes(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Of each kind: what stays on a rank, and what comes with a step over `tokens` tokens of each rank."""
     target = read_target_config(section)
-    size, whole = DTYPES[section.precision].itemsize, parameters(target)
+    size, whole = DTYPES[section.precision].itemsize, target_bytes(section)
     holders = {"replicate": 1, "zero3": world_size, "tp": section.tp_size}[section.sharding]
-    stays = {"target weights": 0 if section.offload and on_gpu else size * whole / holders}
+    stays = {"target weights": 0 if section.offload and on_gpu else whole / holders}
     if holders > 1:
         stays["target head"] = size * target.vocab_size * target.hidden_size
     if section.sharding == "zero3":
-        stays["target layers gathered"] = 2 * size * whole / target.num_hidden_layers
+        stays["target layers gathered"] = 2 * whole / target.num_hidden_layers
     mlp = getattr(target, "intermediate_size", 4 * target.hidden_size)
     together = section.tp_size if section.sharding == "tp" else 1  # a group's sequences
     a_block = size * together * tokens * (2 * target.hidden_size + 3 * mlp)  # one is alive at a time
@@ -136,14 +137,6 @@ def available_gib(runtime: Runtime) -> float:
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
     return found / _GIB / local_world_size(runtime.world)
-
-
-def parameters(shape: Any) -> int:
-    """Number of parameters of a Hugging Face configuration, counted on a model without storage."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return int(AutoModelForCausalLM.from_config(shape).num_parameters())
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> float:

@@ -14,8 +14,9 @@ from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
 from dist_train.models.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, read_drafter_config
-from dist_train.models.load import read_target_config
+from dist_train.models.load import check_target, read_target_config
 from dist_train.models.pairing import check_drafter
+from dist_train.models.sizes import num_parameters, parameters
 from dist_train.models.target import Target
 from dist_train.models.target_tokenizer import load_target_tokenizer, named_tokenizer
 from dist_train.runtime.process_group import Runtime, set_seed, started
@@ -42,6 +43,8 @@ def check(config: TrainConfig) -> None:
         check_corpus(source.path, tokenizer, config)
     if config.target is None and needs_target(config.objective):
         raise UserError(f"objective {config.objective} compares with a target; set target.path, or use {{ce: 1.0}}")
+    if config.target is not None:
+        check_target(config.target)
     vocab_size = _vocab_size(config, tokenizer)
     if config.drafter.init_from is not None:
         check_drafter(config.drafter.init_from, "drafter.init_from", vocab_size, tokenizer)
@@ -128,7 +131,7 @@ def estimate_memory(config: TrainConfig, world_size: int) -> dict[str, float]:
 
 def checkpoints_bytes(config: TrainConfig) -> float:
     """What the checkpoints that are kept will take on disk, and the one that is being written."""
-    from dist_train.train.memory import checkpoint_bytes, kept_checkpoints, parameters
+    from dist_train.train.memory import checkpoint_bytes, kept_checkpoints
 
     return kept_checkpoints(config) * checkpoint_bytes(config, parameters(_planned_shape(config)))
 
@@ -241,7 +244,7 @@ def _introduce(training: Training, resumed: bool) -> None:
     config, runtime = training.config, training.runtime
     model = training.engine.module.model
     print(
-        f"{_name(config)}: drafter of {model.num_parameters() / 1e6:.2f}M parameters, "
+        f"{_name(config)}: drafter of {num_parameters(model) / 1e6:.2f}M parameters, "
         f"objective {', '.join(f'{weight:g} {loss}' for loss, weight in config.objective.items())}, "
         f"{runtime.world_size} rank{'s' if runtime.world_size > 1 else ''} on {runtime.device.type}, "
         f"{config.train.deepspeed}, {config.train.precision}; "

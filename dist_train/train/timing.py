@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from dist_train.config import TrainConfig
-from dist_train.models.target import Target, matrix_parameters
+from dist_train.models.sizes import matrix_parameters
+from dist_train.models.target import Target
 from dist_train.runtime.process_group import Runtime
 
 # Dense bf16, 1e12 operations a second, by the vendor's data sheets; the first name found in the device's counts.

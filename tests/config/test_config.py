@@ -38,6 +38,15 @@ def test_a_saved_configuration_reads_back_equal(tmp_path):
     assert load_config(DistillConfig, tmp_path / "saved.yaml") == config
 
 
+def test_a_configuration_is_not_written_through_a_link(tmp_path):
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / "config.yaml").symlink_to(precious)
+    save_config(config := load_config(PretrainConfig, None, LEAST), tmp_path / "config.yaml")
+    assert precious.read_text() == "kept"
+    assert load_config(PretrainConfig, tmp_path / "config.yaml") == config
+
+
 @pytest.mark.parametrize(
     ("kind", "words", "message"),
     [

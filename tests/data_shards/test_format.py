@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards import DataError, Encoding, ShardedTokens, ShardWriter
+from data_shards.files import read_json, write_json
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 999), min_size=1, max_size=20), min_size=1, max_size=30)
 
@@ -98,4 +100,31 @@ def test_a_full_disk_is_one_clear_error_and_commits_nothing(tmp_path, monkeypatc
         write(tmp_path / "c", [[1, 2]])
     monkeypatch.undo()
     with pytest.raises(DataError, match="no prepared corpus"):
+        ShardedTokens(tmp_path / "c")
+
+
+def outside(content):
+    content["shards"][0]["files"]["../other/shard-00000.tokens"] = content["shards"][0]["files"].pop(
+        "shard-00000.tokens"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (outside, "names '../other/shard-00000.tokens', which is outside"),
+        (lambda content: content["shards"][0].update(name="/etc/shard-00000"), "names '/etc/shard-00000'"),
+        (lambda content: content["shards"][0].update(name=7), "names 7"),
+        (lambda content: content.pop("shards"), "index.json: no index of a corpus"),
+        (lambda content: content.update(shards=3), "index.json: no index of a corpus"),
+        (lambda content: content["encoding"].update(more=1), "index.json: no index of a corpus"),
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(tmp_path, change, message):
+    write(tmp_path / "other", [[1, 2, 3]])
+    write(tmp_path / "c", [[1, 2, 3]])
+    content = read_json(tmp_path / "c" / "index.json")
+    change(content)
+    write_json(tmp_path / "c" / "index.json", content)
+    with pytest.raises(DataError, match=re.escape(message)):
         ShardedTokens(tmp_path / "c")

@@ -11,6 +11,7 @@ import yaml
 from runs import arguments, distillation, losses, patched, run_by
 from safetensors.torch import load_file, save_file
 
+from data_shards.files import read_json, write_json
 from dist_train.config import TrainSection
 from dist_train.errors import UserError
 from dist_train.train.engine import deepspeed_config
@@ -53,6 +54,20 @@ def test_a_torn_manifest_is_listed_and_passed_over(tiny, command, run):
     assert code == 1
     assert "step-00000004  " in listed and "written by 1 rank\n" in listed and "torn" in listed
     assert "resuming at step 4" in run_by(1, *distillation(tiny, run), "--resume").stdout
+
+
+def test_manifests_and_the_newest_checkpoints_name_stay_within_the_run(tiny, command, refused, run, finished):
+    checkpoint = run / "checkpoints" / "step-00000006"
+    manifest = read_json(checkpoint / "manifest.json")
+    name = next(name for name in manifest["files"] if name.startswith("model/") and name.endswith(".safetensors"))
+    stolen = f"model/../../../../{finished.name}/{name}"
+    manifest["files"][stolen] = manifest["files"].pop(name)
+    write_json(checkpoint / "manifest.json", manifest)
+    code, said, _ = command("checkpoint", "verify", run)
+    assert code == 1
+    assert f"names {stolen!r}, which is outside" in said
+    (run / "checkpoints" / "latest").write_text("../../elsewhere")
+    assert "names '../../elsewhere'" in refused("export", f"drafter={run}", f"target.path={tiny.target}", "out=x")
 
 
 def test_a_target_of_other_weights_and_a_drafter_of_other_heads_are_named(tiny, run, tmp_path):

@@ -73,7 +73,7 @@ def test_operations_are_those_that_torch_counts():
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from dist_train.models.target import matrix_parameters
+    from dist_train.models.sizes import matrix_parameters
     from dist_train.train.timing import flops_per_token
 
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from dist_train.config import PretrainConfig
+from dist_train.models.sizes import parameters
 from dist_train.train import memory
 
 
@@ -82,7 +83,7 @@ def test_parameters_are_counted_without_storage():
     """Llama 2 7B: 6,738,415,616 by its model card's configuration."""
     from transformers import LlamaConfig
 
-    assert memory.parameters(LlamaConfig()) == 6_738_415_616
+    assert parameters(LlamaConfig()) == 6_738_415_616
 
 
 def test_a_run_that_cannot_fit_says_what_to_change(tiny, cli, tmp_path):
