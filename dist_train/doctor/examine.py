@@ -17,10 +17,10 @@ from dist_train.config import TrainConfig
 from dist_train.doctor import inputs, judge, measure
 from dist_train.doctor.findings import Finding, render
 from dist_train.doctor.judge import Place
-from dist_train.doctor.roll_call import AbsentError, assembled, deadline, node_name
+from dist_train.doctor.roll_call import AbsentError, assembled, deadline
 from dist_train.errors import UserError
 from dist_train.runtime.process_group import Runtime, started
-from dist_train.runtime.world import find_world
+from dist_train.runtime.world import find_world, node_name
 from dist_train.train.guard import lost_peer
 from dist_train.train.memory import available_gib
 
