@@ -69,6 +69,15 @@ def refuse_shared_gpus(world: World, device: torch.device, store: Any, patience:
         raise UserError(complaint)
 
 
+def current_gpu() -> str:
+    """The name of the GPU that this process works on, "unknown" where it has none."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return "unknown"
+    return gpu_name(torch.device("cuda", torch.cuda.current_device()))
+
+
 def gpu_name(device: torch.device) -> str:
     """As the node's own tools number it, where that is known."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")

@@ -191,11 +191,3 @@ class LossGuard:
         """Go on from a saved state."""
         self._losses = deque(state["losses"], maxlen=_WINDOW)
         self._skipped_on_end, self.skipped, self.spikes = state["skipped_on_end"], state["skipped"], state["spikes"]
-
-
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether an error of a collective says that another rank is gone."""
-    text = str(error)
-    return any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
-    )
