@@ -28,7 +28,12 @@ def printable(text: str) -> str:
     """One line for log and terminal of a text that may be anybody's: what is not printed as it is, escaped.
 
     A line break within a key or a server's answer could otherwise begin a line that passes for SLURM's own words, and
-    an escape sequence command the terminal. Passwords in addresses are left out.
+    an escape sequence command the terminal.
     """
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return re.sub(r"(?<=://)[^/?#\s@]*:[^/?#\s]*@", "***@", shown)
+    return without_passwords(shown)
+
+
+def without_passwords(text: str) -> str:
+    """`text` without what stands before the host in addresses such as s3://NAME:PASSWORD@HOST/FILE."""
+    return re.sub(r"(?<=://)[^/?#\s@]*:[^/?#\s]*@", "***@", text)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_train.cli.parser import add, processes
-from dist_train.errors import UserError
+from dist_train.errors import UserError, without_passwords
 from dist_train.runtime.world import find_world
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def _run_stage(options: argparse.Namespace) -> int:
     module = importlib.import_module(stage.module)
     if options.dry_run:
         world_size = options.nproc or find_world().size
-        print(dump_config(config), end="")
+        print(without_passwords(dump_config(config)), end="")
         print(f"# world: {world_size} process(es)")
         module.check(config)
         if hasattr(module, "memory_report"):
