@@ -132,6 +132,7 @@ class Client:
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             raise ConnectionError(_reason(error)) from error
         finally:
+            request.cancel()  # where Ctrl-C ends the wait for it
             with self._lock:
                 self._under_way.discard(request)
 
