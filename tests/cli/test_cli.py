@@ -165,5 +165,5 @@ def test_dry_run_of_generate_tells_the_memory(command, tiny, tmp_path):
 
 
 def test_a_password_in_an_address_is_not_printed(command):
-    code, shown, told = command("prepare", "inputs=s3://me:secret@host/x.jsonl", "tokenizer=t", "out=o", "--dry-run")
+    _, shown, told = command("prepare", "inputs=s3://me:secret@host/x.jsonl", "tokenizer=t", "out=o", "--dry-run")
     assert "s3://***@host/x.jsonl" in shown and "secret" not in shown + told
