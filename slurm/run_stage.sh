@@ -32,7 +32,7 @@ seconds_left() {
 node_lost() { # it may be back already; what SLURM wrote into this log stays
     [[ -n $(sinfo --noheader --dead --nodes="$SLURM_JOB_NODELIST" --format=%N 2>/dev/null) ]] ||
         sed "1,/^\[[^]]*\] job [^ ]*, start $((restarts + 1)): started/d" "$log" 2>/dev/null |
-        grep -qE "^(slurmstepd|srun): error: (\*\*\* .* DUE TO NODE FAILURE|Node failure on )"
+        grep -qE "^(srun|slurmstepd(-[^:]*)?): error: (\*\*\* .* DUE TO NODE FAILURE|Node failure on )"
 }
 
 # How a command runs beside the ranks, on this node, and how the ranks' own command begins: see env.sh.
