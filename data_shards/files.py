@@ -130,7 +130,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(data)
         content.pop("xxh64")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: torn or not written by dist-train; make it again") from error
     if _canonical(content) != data:
         raise DataError(f"{path}: its checksum does not match; it was changed or damaged; make it again")

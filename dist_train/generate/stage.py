@@ -183,7 +183,10 @@ def _server(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> En
     from dist_train.serving.http import Client
 
     engine = config.engine
-    client = Client(engine.url, os.environ.get(engine.key_variable), engine.timeout, engine.patience)
+    key = os.environ.get(engine.key_variable) if engine.key_variable else None
+    if engine.key_variable and not key:
+        raise UserError(f"engine.key_variable: {engine.key_variable} is not set here; export it, or leave the key out")
+    client = Client(engine.url, key, engine.timeout, engine.patience)
     eos_ids = end_ids(tokenizer, read_generation_config(config.target))
     return ServerEngine(client, engine.model or config.target.path, tokenizer, eos_ids, vocab_size, engine.concurrency)
 

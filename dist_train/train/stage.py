@@ -19,12 +19,12 @@ from dist_train.models.pairing import check_drafter
 from dist_train.models.sizes import num_parameters, parameters
 from dist_train.models.target import Target
 from dist_train.models.target_tokenizer import load_target_tokenizer, named_tokenizer
+from dist_train.runtime.faults import fault_kind
 from dist_train.runtime.process_group import Runtime, set_seed, started
 from dist_train.runtime.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
 from dist_train.tokenizer import Tokenizer
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.engine import build_engine, deepspeed_config, own_clipping, zero_stage
-from dist_train.train.guard import lost_peer
 from dist_train.train.held_out import HeldOut
 from dist_train.train.lease import Lease
 from dist_train.train.left_out import LossGuard, StepControl
@@ -75,7 +75,7 @@ def run(config: TrainConfig) -> None:
         try:
             _train(config, runtime)
         except RuntimeError as error:
-            if not lost_peer(error):
+            if fault_kind(str(error)) != "lost peer":
                 raise
             raise LostPeerError(
                 f"rank {runtime.rank}: another rank is gone (killed, out of memory, or a lost node; see "

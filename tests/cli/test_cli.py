@@ -162,3 +162,8 @@ def test_dry_run_of_generate_tells_the_memory(command, tiny, tmp_path):
     # 32 x 1024 tokens and the prompt's few: 16 GiB
     assert 16 <= float(re.search(r"# key-value cache +(\S+) GiB", told)[1]) < 17
     assert "the server's" in command("generate", *asked, "engine.kind=openai", "engine.url=http://x")[1]
+
+
+def test_a_password_in_an_address_is_not_printed(command):
+    _, shown, told = command("prepare", "inputs=s3://me:secret@host/x.jsonl", "tokenizer=t", "out=o", "--dry-run")
+    assert "s3://***@host/x.jsonl" in shown and "secret" not in shown + told
