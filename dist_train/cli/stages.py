@@ -184,9 +184,12 @@ def end(code: int) -> int:
 def load(stage: Stage, words: Sequence[str]) -> Any:
     """The configuration that a file, if the first word is one, and overrides give."""
     from dist_train.config import load_config
+    from dist_train.models.gguf import unpack_named
 
     named = words[:1] if words and "=" not in words[0] else []
-    return load_config(stage.config_class, Path(named[0]) if named else None, words[len(named) :])
+    config = load_config(stage.config_class, Path(named[0]) if named else None, words[len(named) :])
+    unpack_named(config)
+    return config
 
 
 def _run_stage(options: argparse.Namespace) -> int:
