@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 GAMMA, NEW_TOKENS, POSITIONS, END = 3, 40, 256, 2
 PROMPTS = [
@@ -24,6 +27,13 @@ PROMPTS = [
 ]
 
 
+def named(variable: str) -> Path:
+    """The path in an environment variable that .ci/servers gives; without it the test is skipped."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is not set: no such server here; .ci/servers sets it up")
+    return Path(os.environ[variable])
+
+
 @dataclass(frozen=True)
 class Pair:
     """Exported folders in fp32, their models, prompts as ids, and the target's greedy answers by transformers."""
@@ -35,8 +45,8 @@ class Pair:
     prompts: list[list[int]]
     greedy: list[list[int]]
 
-    def blocks(self, answers, temperature=0.0, draft_greedily=True, seed=0):
-        """Tokens of each call of the target for each prompt, by our decoder, after the first token of `answers`.
+    def decode(self, answers, temperature=0.0, draft_greedily=True, seed=0):
+        """What our decoder makes of each prompt with the first token of its answer: tokens, and blocks of them.
 
         A server's first token comes from the prefill, so that it drafts only from there on.
         """
@@ -53,7 +63,7 @@ class Pair:
             eos_ids=[END],
             seed=seed,
             draft_greedily=draft_greedily,
-        ).blocks
+        )
 
 
 def counters(url):

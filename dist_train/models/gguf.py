@@ -23,6 +23,7 @@ SUFFIX = ".gguf"
 _NAMES = ("path", "tokenizer", "init_from")
 _MODEL = "model.gguf"
 _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
+_DIGITS_APART = ("starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2")
 _SAMPLING = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
@@ -87,6 +88,7 @@ def unpack_gguf(file: Path, out: Path) -> None:
             tokenizer: Any = None
             if not (pieces := _sentencepiece_model(fields)):
                 tokenizer = AutoTokenizer.from_pretrained(alone, gguf_file=_MODEL)
+                _split_digits(tokenizer, fields)
         except ImportError as error:
             raise UserError(f"{file}: reading GGUF takes a package: {first_line(error)}; pip install gguf") from error
         except Exception as error:  # of a torn file the readers raise whatever they stumble over
@@ -144,6 +146,19 @@ def _sentencepiece_model(fields: dict[str, Any]) -> bytes:
     normalised.add_dummy_prefix = True
     normalised.remove_extra_whitespaces = fields.get("tokenizer.ggml.remove_extra_whitespaces", False)
     return model.SerializeToString()
+
+
+def _split_digits(tokenizer: Any, fields: dict[str, Any]) -> None:
+    """Have each digit be a piece before words are, in the vocabularies of which transformers does not know it.
+
+    Without it "\\n\\n4" is cut otherwise than llama.cpp cuts it (llama-vocab.cpp), and than the model learned it.
+    """
+    from tokenizers import pre_tokenizers
+
+    if fields.get("tokenizer.ggml.pre") in _DIGITS_APART:
+        words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
 
 
 def _forget_quantisation(model: Any) -> None:

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
-from served_pair import END, NEW_TOKENS, POSITIONS, PROMPTS, Pair
-
-
-def named(variable: str) -> Path:
-    """The path in an environment variable that .ci/servers gives; without it the test is skipped."""
-    if not os.environ.get(variable):
-        pytest.skip(f"{variable} is not set: no such server here; .ci/servers sets it up")
-    return Path(os.environ[variable])
+from served_pair import END, NEW_TOKENS, POSITIONS, PROMPTS, Pair, named
 
 
 @pytest.fixture(scope="session")

@@ -104,7 +104,7 @@ def test_greedy_counters_are_our_decoders(pair, drafting):
     answers = answered(drafting, pair.prompts)
     counted = counted_between(before, counters(drafting))
     assert answers == pair.greedy
-    blocks = [block for of_prompt in pair.blocks(pair.greedy) for block in of_prompt]
+    blocks = [block for of_prompt in pair.decode(pair.greedy).blocks for block in of_prompt]
     assert counted[:3] == (len(blocks), GAMMA * len(blocks), sum(blocks) - len(blocks))
     assert counted.by_position == tuple(sum(block - 1 > place for block in blocks) for place in range(GAMMA))
 
@@ -117,7 +117,7 @@ def test_sampled_answers_have_the_targets_distribution(pair, drafting):
     counted = counted_between(before, counters(drafting))
     short = answered(drafting, pair.prompts[:1] * 1500, temperature, new_tokens=4)
     assert_same_distribution(pair, short, temperature)
-    blocks = many.blocks(answers, temperature, draft_greedily=False)
+    blocks = many.decode(answers, temperature, draft_greedily=False).blocks
     assert_same_efficiency(counted.drafts, counted.accepted, blocks)
 
 
