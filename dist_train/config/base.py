@@ -34,7 +34,7 @@ class TargetSection(Section):
     """The chat LLM that the drafter is aligned with."""
 
     path: str
-    """Hugging Face folder or hub id"""
+    """Hugging Face folder, hub id, or GGUF file, which is unpacked once, to four bytes a weight"""
     revision: str | None = None
     precision: Precision = "bf16"
     sharding: Literal["replicate", "zero3", "tp"] = "replicate"
