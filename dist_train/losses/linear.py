@@ -158,16 +158,17 @@ class _Chunks:
 
         Returns what `Block` does, for all rows: [1 + len(STATISTICS), N] or [1, N].
         """
-        spaces = (None, None) if self.compile else self._spaces()
+        # The memory of a chunk's logits, which the next one's take over.
+        z_space, y_space = self._space(self.drafter), None if self.target is None else self._space(self.target)
         # Inductor's C++ fails on inputs that are read and written to (PyTorch issue 196570).
         apart = self._space(self.drafter) if self.compile and self.hidden.device.type == "cpu" else None
         found = [self.hidden.new_empty((1 if self.target is None else 1 + len(STATISTICS), 0), dtype=torch.float64)]
         for first in range(0, len(self.hidden), self.size):
             rows = slice(first, min(first + self.size, len(self.hidden)))
-            z = self._raw(self.drafter, self.hidden[rows], spaces[0])
+            z = self._raw(self.drafter, self.hidden[rows], z_space)
             y = None
-            if self.target is not None and self.target_hidden is not None:
-                y = self._raw(self.target, self.target_hidden[rows], spaces[1])
+            if self.target is not None and self.target_hidden is not None and y_space is not None:
+                y = self._raw(self.target, self.target_hidden[rows], y_space)
             labels = None if self.labels is None else self._filled(self.labels[rows])
             gradient = z if apart is None else apart[: len(z)]
             for start in range(0, len(z), self.block):
@@ -182,24 +183,17 @@ class _Chunks:
                 )
                 done = compiled(self.work, arguments, self.compile) if self.compile else self.work(*arguments)
                 found.append(torch.stack(list(done)))
-            del z, y, arguments  # before the next chunk's are made
             use(rows, gradient[: rows.stop - rows.start])
         return torch.cat(found, 1)[:, : len(self.hidden)]
-
-    def _spaces(self) -> tuple[Tensor, Tensor | None]:
-        """Memory for the logits of a chunk, which the next one's take over: MKL can write where it is told to."""
-        return self._space(self.drafter), None if self.target is None else self._space(self.target)
 
     def _space(self, head: Head) -> Tensor:
         rows = -(-min(self.size, len(self.hidden)) // self.block) * self.block
         return head.weight.new_empty(rows, len(head.weight))
 
-    def _raw(self, head: Head, hidden: Tensor, space: Tensor | None) -> Tensor:
+    def _raw(self, head: Head, hidden: Tensor, space: Tensor) -> Tensor:
         """Raw logits of whole blocks of rows, [R, V]."""
         hidden = self._filled(hidden.to(head.weight.dtype))
-        if space is None:
-            return linear(hidden, head.weight, head.bias)
-        return linear_into(space[: len(hidden)], hidden, head.weight, head.bias)
+        return linear_into(space[: len(hidden)], hidden, head.weight, head.bias, fast=bool(self.compile))
 
     def _filled(self, values: Tensor) -> Tensor:
         """[R] or [R, D] with zeros up to a whole number of blocks."""

@@ -10,8 +10,8 @@ _CHUNK_ELEMENTS = {"cpu": 5 << 20, "cuda": 1 << 26}
 _LEAST_ROWS = {"cpu": 704, "cuda": 512}
 # Without a target, whose head is the wide one.
 _LEAST_ROWS_ALONE = {"cpu": 240, "cuda": 512}
-# On a CPU oneDNN is at its best with fewer rows, and memory of up to 32 MiB goes round in glibc's heap. Compiled, the
-# gradient has memory of its own, which without a target is the second tensor.
+# On a CPU oneDNN is at its best with fewer rows. Compiled, the gradient has memory of its own: without a target that is
+# the second tensor.
 _FUSED_ELEMENTS = 7 << 20
 _FUSED_ELEMENTS_ALONE = 5 << 20
 _FUSED_LEAST_ROWS = 96
