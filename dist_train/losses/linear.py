@@ -159,9 +159,12 @@ class _Chunks:
         Returns what `Block` does, for all rows: [1 + len(STATISTICS), N] or [1, N].
         """
         # The memory of a chunk's logits, which the next one's take over.
-        z_space, y_space = self._space(self.drafter), None if self.target is None else self._space(self.target)
-        # Inductor's C++ fails on inputs that are read and written to (PyTorch issue 196570).
-        apart = self._space(self.drafter) if self.compile and self.hidden.device.type == "cpu" else None
+        # Inductor's C++ fails on inputs that are read and written to (PyTorch issue 196570): there the gradient has
+        # its own, in one piece with the logits', as glibc hands only large ones back.
+        is_apart = bool(self.compile) and self.hidden.device.type == "cpu"
+        z_space, *rest = self._spaces(self.drafter, 2 if is_apart else 1)
+        apart = rest[0] if rest else None
+        y_space = None if self.target is None else self._spaces(self.target, 1)[0]
         found = [self.hidden.new_empty((1 if self.target is None else 1 + len(STATISTICS), 0), dtype=torch.float64)]
         for first in range(0, len(self.hidden), self.size):
             rows = slice(first, min(first + self.size, len(self.hidden)))
@@ -186,9 +189,10 @@ class _Chunks:
             use(rows, gradient[: rows.stop - rows.start])
         return torch.cat(found, 1)[:, : len(self.hidden)]
 
-    def _space(self, head: Head) -> Tensor:
+    def _spaces(self, head: Head, number: int) -> tuple[Tensor, ...]:
+        """Memory for so many tensors of raw logits of a chunk, each [R, V]."""
         rows = -(-min(self.size, len(self.hidden)) // self.block) * self.block
-        return head.weight.new_empty(rows, len(head.weight))
+        return head.weight.new_empty(number, rows, len(head.weight)).unbind()
 
     def _raw(self, head: Head, hidden: Tensor, space: Tensor) -> Tensor:
         """Raw logits of whole blocks of rows, [R, V]."""
