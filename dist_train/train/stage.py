@@ -30,7 +30,7 @@ from dist_train.train.lease import Lease
 from dist_train.train.left_out import LossGuard, StepControl
 from dist_train.train.loop import Training
 from dist_train.train.metrics import Metrics, rank_log_file
-from dist_train.train.objective import Objective
+from dist_train.train.objective import Objective, compiles
 from dist_train.train.on_policy import OnPolicy
 from dist_train.train.state import DrafterState
 from dist_train.train.timing import Phases, throughput
@@ -174,7 +174,8 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
         attention=config.drafter.attention,
     )
     engine = build_engine(drafter, config.train, runtime)
-    objective = Objective(config.objective, config.loss, target)
+    compile = compiles(config.loss.compile, _logits(config, model.config.vocab_size, runtime), runtime.device)
+    objective = Objective(config.objective, config.loss, target, compile)
     work = throughput(config, model, target, runtime)
     return Training(
         config=config,
@@ -207,6 +208,12 @@ def _loader(config: TrainConfig, rank: int, world_size: int) -> TokenLoader:
         world_size=world_size,
         separate_documents=config.data.separate_documents,
     )
+
+
+def _logits(config: TrainConfig, vocab_size: int, runtime: Runtime) -> float:
+    """How many of the drafter's a rank goes through in the whole run, masked positions included."""
+    tokens = config.train.steps * config.train.global_batch * config.data.sequence_length
+    return tokens * vocab_size / runtime.world_size
 
 
 def _shape(config: TrainConfig, tokenizer: Tokenizer) -> Any:
@@ -247,7 +254,8 @@ def _introduce(training: Training, resumed: bool) -> None:
         f"{_name(config)}: drafter of {num_parameters(model) / 1e6:.2f}M parameters, "
         f"objective {', '.join(f'{weight:g} {loss}' for loss, weight in config.objective.items())}, "
         f"{runtime.world_size} rank{'s' if runtime.world_size > 1 else ''} on {runtime.device.type}, "
-        f"{config.train.deepspeed}, {config.train.precision}; "
+        f"{config.train.deepspeed}, {config.train.precision}, "
+        f"loss {'compiled' if training.objective.compile else 'eager'}; "
         + (f"resuming at step {training.step}" if resumed else f"{config.train.steps} steps")
         + f" of {config.train.global_batch} x {config.data.sequence_length} tokens",
         flush=True,
