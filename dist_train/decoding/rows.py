@@ -38,7 +38,8 @@ class Rows:
     can be compiled or recorded once. What rows beyond `active` hold is of no meaning.
 
     `seeds`: of each prompt what numpy's generator takes, or None where nothing is drawn. Its chances, for each token
-    2 gamma + 1, are its own: neighbours and the size of the batch do not change them.
+    2 gamma + 1, are its own: neighbours and the size of the batch do not change them. `limits`: the most tokens of
+    each.
     """
 
     def __init__(
@@ -46,24 +47,24 @@ class Rows:
         prompts: Sequence[Sequence[int]],
         size: int | None,
         gamma: int,
-        limit: int,
+        limits: Sequence[int],
         eos_ids: Sequence[int],
         seeds: Sequence[Any] | None,
         device: torch.device,
     ) -> None:
         if not prompts or min(map(len, prompts)) < 1:
             raise ValueError("every prompt needs at least one token")
-        self._prompts, self._gamma, self._limit, self._seeds = prompts, gamma, limit, seeds
+        self._prompts, self._gamma, self._limits, self._seeds = prompts, gamma, limits, seeds
         self._eos = frozenset(eos_ids)
         self.size = min(size or len(prompts), len(prompts))
-        self.slots = max(map(len, prompts)) + limit + gamma + 1
+        self.slots = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)) + gamma + 1
         self._steps = _STEPS.get(device.type, (8, 128))
         self.active = self.count = self.width = 0
         # Neighbours of like length: little padding, and the caches are read no further than needed.
         self._waiting = deque(sorted(range(len(prompts)), key=lambda i: -len(prompts[i])))
         self._tokens = torch.zeros(self.size, self.slots, dtype=torch.long, device=device)
         self._lengths, self._block = torch.ones(2, self.size, dtype=torch.long, device=device)
-        blocks = limit if seeds is not None else 1
+        blocks = max(limits) if seeds is not None else 1
         self._chances = torch.zeros(self.size, blocks, 2 * gamma + 1, dtype=torch.float64, device=device)
         self._who: list[int] = []
         self.found = Generated([[] for _ in prompts], [[] for _ in prompts])
@@ -113,10 +114,10 @@ class Rows:
         *block, accepted = told
         text, new = self.found.tokens[who], block[: accepted + 1]
         self.found.blocks[who].append(len(new))
-        new = new[: self._limit - len(text)]
+        new = new[: self._limits[who] - len(text)]
         ends = [place for place, token in enumerate(new) if token in self._eos]
         text += new[: ends[0] + 1] if ends else new
-        return bool(ends) or len(text) == self._limit
+        return bool(ends) or len(text) == self._limits[who]
 
     def _enter(self, new: list[int], readers: Sequence[RowReader]) -> None:
         device = self._tokens.device

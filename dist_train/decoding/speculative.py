@@ -47,7 +47,8 @@ def speculative_generate(
     """
     gamma = gamma if drafter is not None else 0
     seeds = None if temperature == 0 else [(seed, i) for i in range(len(input_ids))]
-    rows = Rows(input_ids, batch_size, gamma, max_new_tokens, eos_ids, seeds, target.device)
+    limits = [max_new_tokens] * len(input_ids)
+    rows = Rows(input_ids, batch_size, gamma, limits, eos_ids, seeds, target.device)
     sampler = Sampler(temperature, top_p, target.device) if temperature > 0 else None
     draft = None
     if gamma:
@@ -61,16 +62,17 @@ def generate(
     temperature: float,
     top_p: float,
     *,
-    max_new_tokens: int,
+    limits: Sequence[int],
     eos_ids: Sequence[int],
     seeds: Sequence[int],
     batch_size: int | None,
 ) -> list[list[int]]:
-    """Plain decoding: what `model` says to each prompt, at most `max_new_tokens`, the end-of-sequence id included.
+    """Plain decoding: what `model` says to each prompt, the end-of-sequence id included.
 
-    A prompt's random numbers come from its own seed. Otherwise as `speculative_generate`.
+    Each prompt has its own limit, the most tokens of its answer, and its own seed, from which its random numbers come.
+    Otherwise as `speculative_generate`.
     """
-    rows = Rows(prompts, batch_size, 0, max_new_tokens, eos_ids, seeds if temperature > 0 else None, model.device)
+    rows = Rows(prompts, batch_size, 0, limits, eos_ids, seeds if temperature > 0 else None, model.device)
     sampler = Sampler(temperature, top_p, model.device) if temperature > 0 else None
     return _decode(RowReader(model, rows.size, rows.slots), None, rows, sampler).tokens
 

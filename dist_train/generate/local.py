@@ -28,7 +28,7 @@ class LocalEngine:
             [ask.ids for ask in asks],
             sampling.temperature,
             sampling.top_p,
-            max_new_tokens=sampling.max_new_tokens,
+            limits=[sampling.max_new_tokens] * len(asks),
             eos_ids=self._eos_ids,
             seeds=[ask.seed for ask in asks],
             batch_size=self._rows,
