@@ -48,8 +48,9 @@ def load(path: Path | None, layers: int) -> Any:
         model: Any = AutoModelForCausalLM.from_pretrained(path.parent if file else path, dtype=torch.float32, **file)
         return model.eval()
     torch.manual_seed(0)
-    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3}
-    made = LlamaForCausalLM(LlamaConfig(vocab_size=49_152, num_hidden_layers=layers, **sizes)).eval()
+    width: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49_152}
+    heads: dict[str, Any] = {"num_attention_heads": 9, "num_key_value_heads": 3}
+    made = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **width, **heads)).eval()
     with torch.no_grad():
         made.lm_head.weight *= 8  # a nucleus of 0.95 has some hundred tokens
     return made
