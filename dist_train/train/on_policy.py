@@ -69,7 +69,9 @@ class OnPolicy:
         chances = np.zeros((len(documents), passes))
         for row, document in enumerate(documents):
             chances[row, : document.passes] = drawn.random(document.passes)
-        with drafter.evaluating(), grouped_attention(drafter.model):
+        # It may be compiled, for training: each shape met here would cost one of the few recompilations that it has.
+        eagerly = torch.compiler.set_stance("force_eager")
+        with eagerly, drafter.evaluating(), grouped_attention(drafter.model):
             return self._write(drafter, batch, documents, torch.from_numpy(chances).to(batch.input_ids.device))
 
     def _write(
