@@ -25,9 +25,8 @@ class EngineSection(Section):
     kind: Literal["transformers", "openai"] = "transformers"
     """transformers: here, on every rank; openai: a server that speaks OpenAI's protocol (vLLM, SGLang, transformers
     serve)"""
-    batching: Literal["static", "continuous"] = "static"
-    """transformers: a batch ends with its longest answer, or finished rows make room for others (transformers'
-    continuous batching with a paged cache)"""
+    rows: PositiveInt = 32
+    """transformers: answers decoded at a time on each rank; one that ends makes room for the next of its work unit"""
     url: str = ""
     """openai: such as http://node7:8000/v1"""
     model: str | None = None
@@ -87,6 +86,7 @@ class GenerateConfig(Section):
     samples: PositiveInt = 1
     """answers to each seed at each temperature and top_p"""
     max_new_tokens: PositiveInt = 512
-    batch_size: PositiveInt = 32
-    """answers of one work unit and file; with static batching they are decoded together"""
+    batch_size: PositiveInt = 128
+    """answers of one work unit and file, which an interruption at most loses; several times engine.rows keeps the rows
+    full but for the unit's end"""
     seed: NonNegativeInt = 0

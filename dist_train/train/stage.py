@@ -188,7 +188,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
         loader=_loader(config, runtime.rank, runtime.world_size),
         objective=objective,
         tokenizer=tokenizer.sha256,
-        on_policy=OnPolicy(config.on_policy, config.run.seed) if config.on_policy.share else None,
+        on_policy=OnPolicy(config.on_policy, config.run.seed, runtime.gather) if config.on_policy.share else None,
         held_out=HeldOut(config, runtime, objective) if config.held_out else None,
         guard=LossGuard(config.train.max_skipped, skip_spikes=config.train.skip_spikes, device=runtime.device),
         checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime, lease),
