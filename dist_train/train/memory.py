@@ -25,6 +25,7 @@ _MENDS = {
     "drafter gradients": "train.deepspeed=zero2",
     "gradients on their way": "a smaller reduce_bucket_size in the DeepSpeed configuration",
     "optimizer": "train.deepspeed=zero2, or zero2-offload",
+    "averaged weights": "train.deepspeed=zero2",
     "activations": "a smaller train.micro_batch, or train.gradient_checkpointing=true",
     "logit chunks": "a smaller loss.chunk_size",
     "target weights": "target.sharding=zero3 or tp, more ranks, or target.offload=true",
