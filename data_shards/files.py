@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from data_shards.errors import DataError
 
@@ -116,13 +117,30 @@ def inside(folder: Path, name: Any) -> Path:
     return folder / name
 
 
+class Form(BaseModel):
+    """What a reader relies on in a file; there may be more in it, from another version."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class FileRecord(Form):
+    """Size and checksum of a file, as an index or a manifest has them."""
+
+    bytes: NonNegativeInt
+    xxh64: str
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write `content` with its own checksum, in one canonical form, so that any changed byte shows on reading."""
     write_atomically(path, [_canonical(content)])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. Raises DataError when the file is missing, torn or changed."""
+def read_json(path: Path, form: type[Form] | None = None) -> dict[str, Any]:
+    """Read what `write_json` wrote. Raises DataError when the file is missing, torn or changed, or not of the `form`.
+
+    Its checksum tells that nothing was changed since, but not that the version of dist-train that wrote it put in what
+    this one reads.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -134,6 +152,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: torn or not written by dist-train; make it again") from error
     if _canonical(content) != data:
         raise DataError(f"{path}: its checksum does not match; it was changed or damaged; make it again")
+    if form is not None:
+        try:
+            form.model_validate(content)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(map(str, fault["loc"]))
+            raise DataError(f"{path}: not of this version: {where}: {fault['msg']}; make it again") from error
     return content
 
 

@@ -79,7 +79,8 @@ class World:
 class Mutant:
     """One changed file and the command that reads it.
 
-    `names`: one of them is in the line of a refusal. `codes`: exit codes that the command documents, beside 0 and 2.
+    `names`: one of them is in the line of a refusal, which may come after lines about records that were left out.
+    `codes`: exit codes that the command documents, beside 0 and 2.
     `judge`: what else is wrong with how it ended, or nothing.
     """
 
@@ -124,7 +125,7 @@ class Counted(NamedTuple):
 def _table(records: list[Any]) -> pa.Table | None:
     try:
         return pa.Table.from_pylist(records)
-    except (pa.ArrowException, TypeError, ValueError, OverflowError, AttributeError):
+    except (pa.ArrowException, TypeError, ValueError, LookupError, OverflowError, AttributeError):
         return None  # not what a table can hold
 
 
@@ -229,7 +230,8 @@ def _seeds(world: World, drawn: random.Random, folder: Path) -> Mutant:
     if drawn.random() < 0.3:
         words += ["seeds.faults={malformed: skip, encoding: skip, too_long: skip}"]
     words += drawn.choice([[], ["seeds.turns=each"], ["seeds.turns=first"], ["seeds.split=train"]])
-    return Mutant(f"seeds {form}", path, ["generate", *words, f"out={folder / 'out'}", "--dry-run"], [str(path)])
+    words = ["generate", *words, f"out={folder / 'out'}", "--dry-run"]
+    return Mutant(f"seeds {form}", path, words, [str(path), "seeds."])
 
 
 # -- configurations -----------------------------------------------------------------------------------------------
@@ -289,15 +291,16 @@ def _model(world: World, drawn: random.Random, folder: Path) -> Mutant:
     path = drawn.choice(files + [file for file in files if file.name in weighty])
     _mutate(path, drawn)
     asks = [f"target.path={target}", "max_new_tokens=8"]
+    seeds, out = f"seeds.inputs={world.seeds}", f"out={folder / 'out'}"
     command = drawn.choice(["generate", "evaluate", "export", "check", "plan", "prepare", "drafter"])
     words: list[Any] = {
-        "generate": ["generate", *asks, f"seeds.inputs={world.seeds}", f"out={folder / 'out'}", "--dry-run"],
+        "generate": ["generate", *asks, seeds, out, "--dry-run"],
         "evaluate": [
             "evaluate",
             *asks,
             f"drafters={{a: {world.drafter}}}",
             f"tasks=[{{name: a, inputs: {world.seeds}}}]",
-            f"out={folder / 'out'}",
+            out,
             "--dry-run",
         ],
         "drafter": [
@@ -305,13 +308,13 @@ def _model(world: World, drawn: random.Random, folder: Path) -> Mutant:
             f"target.path={world.target}",
             f"drafters={{a: {target}}}",
             f"tasks=[{{name: a, inputs: {world.seeds}}}]",
-            f"out={folder / 'out'}",
+            out,
             "--dry-run",
         ],
         "export": ["export", "--check", target, f"drafter={world.drafter}"],
         "check": ["tokenizer", "check", target, world.target],
-        "plan": ["plan", *asks, f"seeds.inputs={world.seeds}", "out=x", "--gpus", 8, "--gpu", "h100", "--stage", "generate"],
-        "prepare": ["prepare", f"inputs={world.seeds}", f"tokenizer={target}", f"out={folder / 'out'}", "text_field=prompt"],
+        "plan": ["plan", *asks, seeds, out, "--gpus", 8, "--gpu", "h100", "--stage", "generate"],
+        "prepare": ["prepare", f"inputs={world.seeds}", f"tokenizer={target}", out, "text_field=prompt"],
     }[command]  # fmt: skip
     codes = {"export": [1], "check": [1]}.get(command, [])
     return Mutant(f"{path.name} by {command}", path, words, [str(target)], codes)

@@ -1,4 +1,4 @@
-"""How files go wrong: in their bytes, in the values of a tree, in the text of YAML. Every draw is from a given Random."""
+"""How files go wrong: in their bytes, in the values of a tree, in the text of YAML; drawn from a given Random."""
 
 from __future__ import annotations
 
@@ -230,8 +230,8 @@ def _lines_of_yaml(text: str, drawn: random.Random) -> str:
         f"{key}: '{'x' * 5000}'",
         f"{key}: {'[' * DEEP}{']' * DEEP}",
         f"{key}: {'{a: ' * DEEP}1{'}' * DEEP}",
-        f"{key}: \"\\ud800\"",
-        f"{key}: \"\\x1b[31m\\0\"",
+        f'{key}: "\\ud800"',
+        f'{key}: "\\x1b[31m\\0"',
         f"{key}: |\n    a\n    b",
         f"\t{line}",
         f" {line}",

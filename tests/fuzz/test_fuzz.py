@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import yaml
@@ -21,7 +20,7 @@ from dist_train.slurm.journal import Job
 from dist_train.slurm.standing import Standing
 
 CAMPAIGN = 2000
-SLICE = 250
+SLICE = 60
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -100,9 +99,10 @@ def fault_of(mutant: Mutant, ended: Ended) -> str:
     if ended.code not in (0, 2, *mutant.codes):
         return f"exit code {ended.code}"
     if ended.code == 2:
-        if ended.complaint.count("\n") != 1 or not ended.complaint.endswith("\n"):
+        lines = [line for line in ended.complaint.split("\n") if not line.startswith("seeds: ")]
+        if len(lines) != 2 or lines[1]:
             return "not one line"
-        if not ended.complaint[:-1].isprintable():
+        if not lines[0].isprintable():
             return "what a terminal obeys"
         if not any(name in ended.complaint for name in mutant.names):
             return "names nothing"
