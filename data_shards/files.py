@@ -112,7 +112,7 @@ def file_xxh64(path: Path) -> str:
 
 def inside(folder: Path, name: Any) -> Path:
     """The path of a file that an index or a manifest in `folder` names. Raises DataError where it leads elsewhere."""
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise DataError(f"{folder}: its index names {name!r}, which is outside of it; make it again, or fetch it anew")
     return folder / name
 
@@ -148,18 +148,24 @@ def read_json(path: Path, form: type[Form] | None = None) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(data)
         content.pop("xxh64")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise DataError(f"{path}: torn or not written by dist-train; make it again") from error
     if _canonical(content) != data:
         raise DataError(f"{path}: its checksum does not match; it was changed or damaged; make it again")
     if form is not None:
-        try:
-            form.model_validate(content)
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(map(str, fault["loc"]))
-            raise DataError(f"{path}: not of this version: {where}: {fault['msg']}; make it again") from error
+        refuse_other_form(path, content, form)
     return content
+
+
+def refuse_other_form(path: Path, content: dict[str, Any], form: type[Form]) -> None:
+    """Raise DataError, naming the first key at fault, where the content of the file at `path` is not of the form."""
+    try:
+        form.model_validate(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        told = f"{where}: {fault['msg']}" if where else fault["msg"]
+        raise DataError(f"{path}: not as this version writes it: {told}; make it again") from error
 
 
 def _canonical(content: dict[str, Any]) -> bytes:

@@ -6,6 +6,10 @@
 
 source "${DIST_TRAIN_ENV:-$templates/env.sh}"
 
+# sbatch sets one of them. Where it was called inside of another job, that one's stands beside it, and srun refuses both.
+# Without them a step has all of its job's memory.
+unset SLURM_MEM_PER_CPU SLURM_MEM_PER_GPU SLURM_MEM_PER_NODE
+
 # An element of an array goes by its own name: the bare id of the array's last element stands for the whole array.
 job=$SLURM_JOB_ID
 [[ -n ${SLURM_ARRAY_JOB_ID:-} ]] && job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -27,8 +31,8 @@ seconds_left() {
 }
 node_lost() { # it may be back already; what SLURM wrote into this log stays
     [[ -n $(sinfo --noheader --dead --nodes="$SLURM_JOB_NODELIST" --format=%N 2>/dev/null) ]] ||
-        sed "1,/, start $((restarts + 1)): started/d" "$log" 2>/dev/null |
-        grep -qE "DUE TO NODE FAILURE|srun: error: Node failure on"
+        sed "1,/^\[[^]]*\] job [^ ]*, start $((restarts + 1)): started/d" "$log" 2>/dev/null |
+        grep -qE "^(srun|slurmstepd(-[^:]*)?): error: (\*\*\* .* DUE TO NODE FAILURE|Node failure on )"
 }
 
 # How a command runs beside the ranks, on this node, and how the ranks' own command begins: see env.sh.
@@ -36,7 +40,7 @@ here=() inside=()
 case ${container:-} in
 *.sqsh | docker://*) # Enroot, through srun's plugin Pyxis
     srun_options+=(--container-image="$container" --container-mounts="$container_mounts" --container-workdir="$PWD")
-    here=(srun --overlap --nodes=1 --ntasks=1 --gpus=0 --mpi=none "${srun_options[@]: -3}")
+    here=(srun --overlap --export=ALL --nodes=1 --ntasks=1 --gpus=0 --mpi=none "${srun_options[@]: -3}")
     ;;
 ?*) # Apptainer
     inside=(apptainer exec --nv --bind "$container_mounts" --pwd "$PWD" "$container")
@@ -87,7 +91,7 @@ find_reason() {
 
 look
 limit=$(($(date +%s) + $(seconds_left)))
-log=$(field StdErr)
+log=$(sed -n "s/^ *StdErr=//p" <<<"$record" | head -n 1) # may have blanks
 say "$stage on $SLURM_JOB_NODELIST, ${SLURM_NTASKS:-1} tasks"
 last=
 ((restarts)) && last=$(sacct --noheader --parsable2 --allocations --duplicates --jobs="$job" --format=State 2>/dev/null |
@@ -97,8 +101,9 @@ code=$?
 [[ $told ]] && say "$told"
 ((code == 3)) && exit 1
 
-# srun does not take --cpus-per-task from sbatch (since Slurm 22.05), and a dead rank must not leave the rest waiting.
-srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}" \
+# srun does not take --cpus-per-task from sbatch (since Slurm 22.05), but does take its --export=NONE, with which no rank
+# would know of env.sh. A dead rank must not leave the rest waiting.
+srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${srun_options[@]}" \
     "${inside[@]}" "${python[@]}" "$stage" "$@" &
 step=$!
 [[ $notice ]] && kill -USR1 "$step" 2>/dev/null

@@ -24,6 +24,7 @@ def generation(tiny, out, *more):
         "temperatures=[0, 1.0]",
         "max_new_tokens=24",
         "batch_size=4",
+        "engine.rows=3",
         f"out={out}",
         *more,
     ]

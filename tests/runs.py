@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from dist_train.runtime.launch import place_of
 from dist_train.runtime.world import free_port
 
 SHAPE = [
@@ -94,9 +95,7 @@ def on_ranks(code: str, ranks: int, *arguments, timeout: float = 300, check: boo
     with tempfile.TemporaryDirectory() as folder:
         outputs = [[Path(folder, f"{rank}.{name}") for name in ("out", "err")] for rank in range(ranks)]
         for rank in range(ranks):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
+            environment = {**os.environ, **place_of(rank, ranks, port)}
             processes.append(FORKED.Process(target=_rank, args=(code, words, environment, outputs[rank])))
             processes[-1].start()
         try:

@@ -12,6 +12,7 @@ from dist_train.errors import UserError
 
 if TYPE_CHECKING:
     from dist_train.config import Section
+    from dist_train.config.base import ConfigType
 
 
 def run(config: Section) -> int:
@@ -19,9 +20,7 @@ def run(config: Section) -> int:
 
     Returns 0, or the exit code that the command line would have. Raises UserError or DataError for bad input.
     """
-    from dist_train.config import resolve_precision
-
-    return stage_of(config).load().run(resolve_precision(config)) or 0
+    return stage_of(config).load().run(resolved(config)) or 0
 
 
 def launch(config: Section, processes: int) -> int:
@@ -38,13 +37,25 @@ def launch(config: Section, processes: int) -> int:
         return launch_stage(stage_of(config), [str(path)], processes)
 
 
+def resolved(config: ConfigType, fast: str | None = None) -> ConfigType:
+    """A copy of `config` that is about this machine: precision as the device is fast, GGUF files unpacked to folders.
+
+    `fast`: the precision that other machines are fast at, where the stage will run on those.
+    """
+    from dist_train.config import resolve_precision
+    from dist_train.models.gguf import unpack_named
+
+    config = resolve_precision(config, fast)
+    unpack_named(config)
+    return config
+
+
 def launch_stage(stage: Stage, words: Sequence[str], processes: int) -> int:
     """`launch` for a configuration that is still in words: a file, then overrides."""
-    from dist_train.config import resolve_precision
     from dist_train.runtime.launch import launch, launch_mpi
 
     if stage.alone and processes > 1:
         raise UserError(f"--nproc {processes}: one process does this; leave it out")
-    stage.load().check(resolve_precision(stage.read(words)))
+    stage.load().check(resolved(stage.read(words)))
     start = launch_mpi if stage.mpi and processes > 1 else launch
     return start([stage.name, *words], processes)

@@ -6,6 +6,7 @@ Imports of torch and its kind happen inside the stages, so that help and error m
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -19,16 +20,25 @@ from dist_train.cli.preflight import add_preflight
 from dist_train.cli.slurm import add_job, add_status, add_submit
 from dist_train.cli.stages import add_stage
 from dist_train.cli.tools import add_checkpoint, add_demo, add_tokenizer
-from dist_train.errors import RankError, UserError
+from dist_train.errors import LostPeerError, RankError, UserError, printable
+from dist_train.runtime.faults import fault_kind, node_fault_line
 from dist_train.runtime.progress import heartbeat
 from dist_train.runtime.version import __version__
-from dist_train.runtime.world import is_spokesman
+from dist_train.runtime.world import is_spokesman, node_name
+
+# What a file system refuses, and no code can foresee for each file that it reads.
+_OF_THE_SYSTEM = (
+    errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE, errno.EIO, errno.EROFS,
+)  # fmt: skip
 
 _SHORT = ("submit", "status", "plan", "job")  # what they print is read by others, a script or a table
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 for bad input, told in one line; Ctrl-C ends the process."""
+    """Run one command and return its exit code: 0 done, 2 for bad input, told in one line; Ctrl-C ends the process.
+
+    75 where another node is needed: its GPU failed, or another rank is gone.
+    """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     # Overrides may stand after options, which argparse does not expect of positional arguments.
@@ -41,6 +51,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UserError, DataError) as error:
         _tell(f"dist-train {options.command}: {error}", every=isinstance(error, RankError))
         return getattr(error, "exit_code", BAD_INPUT)
+    except OSError as error:
+        if error.filename is None or error.errno not in _OF_THE_SYSTEM:
+            raise
+        _tell(f"dist-train {options.command}: {error.filename}: {error.strerror}")
+        return BAD_INPUT
+    except RuntimeError as error:  # CUDA's and NCCL's are such
+        if fault_kind(str(error)) != "node fault":
+            raise
+        from dist_train.runtime.devices import current_gpu
+
+        line = node_fault_line(node_name(), current_gpu(), error)
+        _tell(f"dist-train {options.command}: {line}", every=True)
+        return LostPeerError.exit_code
     except KeyboardInterrupt as stop:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # --nproc passes on what its terminal has sent to all
         _tell(f"dist-train {options.command}: {'; '.join(['stopped', *stop.args])}")
@@ -53,9 +76,12 @@ def _label(options: argparse.Namespace) -> str:
 
 
 def _tell(line: str, *, every: bool = False) -> None:
-    """Say it once, since every rank finds the same fault; `every` rank says what is its own."""
+    """Say it once, since every rank finds the same fault; `every` rank says what is its own.
+
+    Texts of others in it cannot begin a line of their own.
+    """
     if every or is_spokesman():
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 def _parser() -> Parser:

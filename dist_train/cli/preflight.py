@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dist_train.api.run import resolved
 from dist_train.api.stages import STAGES, Stage
 from dist_train.cli.parser import add, processes
 from dist_train.errors import UserError
@@ -61,12 +62,10 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
 
 
 def _run_doctor(options: argparse.Namespace) -> int:
-    from dist_train.config import resolve_precision
-
     if options.wait <= 0:
         raise UserError(f"--wait {options.wait}: seconds, above 0")
     stage = _stage_of(options.words, options.stage) if options.words else None
-    config = resolve_precision(stage.read(options.words)) if stage else None
+    config = resolved(stage.read(options.words)) if stage else None
     if options.nproc and options.nproc > 1:
         from dist_train.runtime.launch import launch
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dist_train.api.run import resolved
 from dist_train.api.stages import STAGES, Stage
 from dist_train.cli.parser import Parser, add, processes
 
@@ -82,7 +83,6 @@ def _check(
 
     Raises UserError or DataError; with `only_tell` what concerns cluster and disk is printed instead.
     """
-    from dist_train.config import resolve_precision
     from dist_train.errors import UserError
     from dist_train.slurm.checks import check_cluster, check_disk, gpu_gib
     from dist_train.slurm.submit import job_environment, with_defaults
@@ -91,7 +91,7 @@ def _check(
         raise UserError(f"--array {resources.array}: only generate shares its work among independent jobs")
     job_environment(resources)
     full = with_defaults(stage.name, resources)
-    config = resolve_precision(config, "bf16" if full.gpus_per_node else None)  # on the nodes, not here
+    config = resolved(config, "bf16" if full.gpus_per_node else None)  # on the nodes, not here
     module = stage.load()
     if not waits:
         module.check(config)

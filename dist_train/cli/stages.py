@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
-from dist_train.api.run import launch_stage, run
+from dist_train.api.run import launch_stage, resolved, run
 from dist_train.api.stages import SERVED, Stage
 from dist_train.cli.parser import add, processes
-from dist_train.errors import UserError
+from dist_train.errors import UserError, without_passwords
 from dist_train.runtime.world import find_world
 
 RESUME = {"--resume": ("run.resume=must", "an error if there is nothing to resume")}
@@ -153,10 +153,10 @@ def _run_stage(options: argparse.Namespace) -> int:
 
 
 def _dry_run(stage: Stage, words: Sequence[str], world_size: int) -> int:
-    from dist_train.config import dump_config, resolve_precision
+    from dist_train.config import dump_config
 
-    config, module = resolve_precision(stage.read(words)), stage.load()
-    print(dump_config(config), end="")
+    config, module = resolved(stage.read(words)), stage.load()
+    print(without_passwords(dump_config(config)), end="")
     print(f"# world: {world_size} process(es)")
     module.check(config)
     if hasattr(module, "memory_report"):

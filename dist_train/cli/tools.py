@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dist_train.cli.parser import add, processes
 from dist_train.cli.stages import end
-from dist_train.errors import UserError
+from dist_train.errors import UserError, printable
 
 # -- demo -------------------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def _check_tokenizers(options: argparse.Namespace) -> int:
     texts = [*PROBES, *read_texts(options.texts, options.text_field)]
     found = differences(a, b, texts)
     for line in (*found, *filter(None, {conversion_note(tokenizer, texts) for tokenizer in (a, b)})):
-        print(line)
+        print(printable(line))
     print("different: a drafter cannot be shared" if found else "equal: a drafter trained with A drafts for B")
     return 1 if found else 0
 

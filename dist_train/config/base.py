@@ -36,7 +36,7 @@ class TargetSection(Section):
     """The chat LLM that the drafter is aligned with."""
 
     path: str
-    """Hugging Face folder or hub id"""
+    """Hugging Face folder, hub id, or GGUF file, which is unpacked once, to four bytes a weight"""
     revision: str | None = None
     precision: Precision = "auto"
     """auto: bf16 where the device multiplies it, else fp32"""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
+from dist_train.config.address import refuse_secrets
 from dist_train.config.base import Section, TargetSection
 
 Drafting = Literal["sampled", "greedy"]
@@ -111,4 +112,12 @@ class ServedConfig(EvaluateConfig):
     beside: Path | None = None
     """results folder of `evaluate`, shown beside the served figures"""
     timeout: PositiveInt = 600
-    """seconds for one answer"""
+    """seconds for one whole answer"""
+
+    @model_validator(mode="after")
+    def _address_without_secrets(self) -> ServedConfig:
+        try:
+            refuse_secrets(self.server)
+        except ValueError as error:
+            raise ValueError(f"server {error}") from None
+        return self

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     BeforeValidator,
@@ -16,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from dist_train.config.address import carries_openly, check_address
 from dist_train.config.base import Section, SeedsSection, TargetSection
 
 
@@ -25,30 +25,35 @@ class EngineSection(Section):
     kind: Literal["transformers", "openai"] = "transformers"
     """transformers: here, on every rank; openai: a server that speaks OpenAI's protocol (vLLM, SGLang, transformers
     serve)"""
-    batching: Literal["static", "continuous"] = "static"
-    """transformers: a batch ends with its longest answer, or finished rows make room for others (transformers'
-    continuous batching with a paged cache)"""
+    rows: PositiveInt = 32
+    """transformers: answers decoded at a time on each rank; one that ends makes room for the next of its work unit"""
     url: str = ""
     """openai: such as http://node7:8000/v1"""
     model: str | None = None
     """openai: the name under which the server has the target; null: target.path"""
-    key_variable: str = "OPENAI_API_KEY"
-    """openai: environment variable with the server's key, if it wants one"""
+    key_variable: str | None = None
+    """openai: environment variable with the server's key, OPENAI_API_KEY say; null: none is sent. A key goes to https
+    addresses and to this machine alone"""
     concurrency: PositiveInt = 64
     """openai: requests under way at once, of each process"""
     timeout: PositiveFloat = 600.0
-    """openai: seconds until a request without an answer is asked again"""
+    """openai: seconds until a request without its whole answer is asked again"""
     patience: NonNegativeFloat = 600.0
     """openai: seconds for which a request that fails (429, 5xx, no connection) is tried again"""
 
     @model_validator(mode="after")
     def _server_has_address(self) -> EngineSection:
-        if self.kind == "openai" and not self.url.startswith(("http://", "https://")):
+        if self.kind == "openai" and not self.url:
             raise ValueError("kind openai needs url, such as http://127.0.0.1:8000/v1")
-        try:
-            _ = urlsplit(self.url).port
-        except ValueError as error:
-            raise ValueError(f"url {self.url}: {error}") from error
+        if self.url:
+            try:
+                check_address(self.url)
+            except ValueError as error:
+                raise ValueError(f"url {error}") from None
+        if self.key_variable and carries_openly(self.url):
+            raise ValueError(
+                f"url {self.url}: a key is not sent in the clear to another machine; use https or a tunnel"
+            )
         return self
 
 
@@ -81,6 +86,7 @@ class GenerateConfig(Section):
     samples: PositiveInt = 1
     """answers to each seed at each temperature and top_p"""
     max_new_tokens: PositiveInt = 512
-    batch_size: PositiveInt = 32
-    """answers of one work unit and file; with static batching they are decoded together"""
+    batch_size: PositiveInt = 128
+    """answers of one work unit and file, which an interruption at most loses; several times engine.rows keeps the rows
+    full but for the unit's end"""
     seed: NonNegativeInt = 0

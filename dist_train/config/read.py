@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from data_shards.files import write_atomically
 from dist_train.config.base import ConfigType, Section, suggest
+from dist_train.config.yaml_text import parse_yaml
 from dist_train.errors import UserError
 
 
@@ -66,11 +67,11 @@ def describe(kind: type[Section], prefix: str = "") -> Iterator[tuple[str, str, 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a file. Raises UserError where there is none."""
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = parse_yaml(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise UserError(f"{path}: not YAML: {error}") from None
     if tree is not None and not isinstance(tree, dict):
         raise UserError(f"{path}: a configuration is a mapping of keys, this is a {type(tree).__name__}")
     return tree or {}
@@ -81,9 +82,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"{override!r}: an override is written section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"{override!r}: the value is not YAML; quote it") from None
+        value = parse_yaml(text)
+    except ValueError:
+        raise UserError(f"{override[:200]!r}: the value is not YAML; quote it") from None
     *sections, leaf = key.split(".")
     node: Any = tree
     try:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from dist_train.config.base import Section, suggest
 
+# What sbatch takes as a text may look like a number, and need no quotes in a file.
+Word = Annotated[str, BeforeValidator(lambda value: str(value) if type(value) is int else value)]
 StageName = Literal["prepare", "pretrain", "generate", "distill", "evaluate"]
 
 
@@ -21,13 +23,13 @@ class SlurmSection(Section):
     tasks_per_node: PositiveInt | None = None
     """instead of one a GPU"""
     cpus_per_task: PositiveInt | None = None
-    time: str | None = None
+    time: Word | None = None
     """as sbatch takes it; the job saves, requeues and goes on when it is over"""
     notice: PositiveInt | None = None
     """seconds before the time limit at which the stage is told to save"""
-    partition: str | None = None
-    account: str | None = None
-    array: str | None = None
+    partition: Word | None = None
+    account: Word | None = None
+    array: Word | None = None
     """generate: elements, 0-15 say, that share the work"""
     env: Path | None = None
     """the site's own version of slurm/env.sh"""

@@ -94,6 +94,8 @@ class LossSection(Section):
     target_temperature: float = Field(default=1.0, gt=0)
     chunk_size: PositiveInt | None = None
     """rows of logits alive at once; null: chosen from the vocabulary"""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the loss; auto: where the run is long enough to pay for it, and eager where nothing compiles"""
 
 
 class TrainSection(Section):

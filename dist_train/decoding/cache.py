@@ -26,7 +26,7 @@ class RowReader:
     """
 
     def __init__(self, model: Any, rows: int, slots: int) -> None:
-        self._model = model
+        self.model = model
         config = model.config.get_text_config()
         self._window = getattr(config, "sliding_window", None)
         self._by_layer = "sliding_attention" in (getattr(config, "layer_types", None) or ())
@@ -44,7 +44,9 @@ class RowReader:
             return
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         self._place.go(rows, positions, tokens.shape[1], fresh=True)
-        self._forward(tokens, positions, tokens.shape[1], keep=1)
+        # Without a window the mask is but causal, which kernels know without one.
+        mask = None if self._window is None else self._mask(positions, tokens.shape[1])
+        self._forward(tokens, positions, mask, keep=1)
 
     def read(self, tokens: Tensor, positions: Tensor, width: int, keep: int = 0) -> Tensor:
         """Logits [B, keep, V] after the last `keep` of `tokens` [B, n] (0: all), of the first B rows.
@@ -53,29 +55,33 @@ class RowReader:
         """
         rows = torch.arange(len(tokens), device=tokens.device)
         self._place.go(rows, positions, width, fresh=False)
-        logits = self._forward(tokens, positions.clamp_min(0), width, keep)
+        logits = self._forward(tokens, positions.clamp_min(0), self._mask(positions, width), keep)
         self._largest = torch.maximum(self._largest, logits.amax())  # NaN is above all
         return logits
 
-    def refuse_nan(self) -> None:
-        """Raise UserError where logits that were read held NaN. Apart from `read`: asking makes a GPU wait."""
-        if self._largest.isnan():
-            raise UserError(
-                f"{self._model.name_or_path}: gives NaN; its weights are damaged or too large for their precision"
-            )
+    @property
+    def nan(self) -> Tensor:
+        """Whether any logits that were read held NaN, a tensor []: to ask would make a GPU wait."""
+        return self._largest.isnan()
 
-    def move(self, source: int, target: int) -> None:
-        """Copy row `source` to row `target`."""
+    def nan_error(self) -> UserError:
+        """What is to be said then."""
+        return UserError(
+            f"{self.model.name_or_path}: gives NaN; its weights are damaged or too large for their precision"
+        )
+
+    def move(self, sources: Tensor, targets: Tensor, width: int) -> None:
+        """Copy the first `width` slots of the rows `sources` [k] to the rows `targets` [k]."""
         for layer in self._layers:
-            if layer.keys is not None and layer.values is not None:
-                layer.keys[target].copy_(layer.keys[source])
-                layer.values[target].copy_(layer.values[source])
+            for room in (layer.keys, layer.values):
+                if room is not None:
+                    room[targets, :width] = room[sources, :width]
 
-    def _forward(self, tokens: Tensor, positions: Tensor, width: int, keep: int) -> Tensor:
-        return self._model(
+    def _forward(self, tokens: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor] | None, keep: int) -> Tensor:
+        return self.model(
             input_ids=tokens,
             position_ids=positions,
-            attention_mask=self._mask(positions, width),
+            attention_mask=mask,
             use_cache=True,
             logits_to_keep=keep,
             **self._cache,

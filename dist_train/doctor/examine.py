@@ -17,11 +17,11 @@ from dist_train.config import TrainConfig
 from dist_train.doctor import inputs, judge, measure
 from dist_train.doctor.findings import Finding, render
 from dist_train.doctor.judge import Place
-from dist_train.doctor.roll_call import AbsentError, assembled, deadline, node_name
+from dist_train.doctor.roll_call import AbsentError, assembled, deadline
 from dist_train.errors import UserError
+from dist_train.runtime.faults import fault_kind
 from dist_train.runtime.process_group import Runtime, started
-from dist_train.runtime.world import find_world
-from dist_train.train.guard import lost_peer
+from dist_train.runtime.world import find_world, node_name
 from dist_train.train.memory import available_gib
 
 _SLOW_DEVICE = (
@@ -44,7 +44,7 @@ def examine(module: str | None, config: Any, folder: Path | None, patience: floa
         if error.tells:
             print(f"FAIL  ranks  {error}", file=sys.stderr, flush=True)
     except RuntimeError as error:
-        if not lost_peer(error):
+        if fault_kind(str(error)) != "lost peer":
             raise
         print(f"FAIL  ranks  rank {world.rank}: another rank ended in the middle; see its output", file=sys.stderr)
     return 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -13,8 +12,10 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
-from data_shards.errors import first_line
-from dist_train.runtime.world import World
+from dist_train.errors import UserError
+from dist_train.runtime.devices import device_index, refuse_shared_gpus
+from dist_train.runtime.rendezvous import meet
+from dist_train.runtime.world import World, node_name
 
 _MARGIN = 15.0  # seconds by which the others' patience exceeds that of rank 0, which tells them
 
@@ -25,11 +26,6 @@ class AbsentError(Exception):
     def __init__(self, message: str, *, tells: bool) -> None:
         super().__init__(message)
         self.tells = tells
-
-
-def node_name() -> str:
-    """This node as SLURM calls it, else its host name."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 @contextmanager
@@ -46,9 +42,11 @@ def assembled(world: World, patience: float) -> Iterator[None]:
     from torch._C._distributed_c10d import PrefixStore
 
     store = _call_the_roll(world, patience)
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if backend == "nccl":
-        torch.cuda.set_device(world.local_rank % torch.cuda.device_count())
+    backend, device = "gloo", None
+    if torch.cuda.is_available():
+        backend, device = "nccl", torch.device("cuda", device_index(world, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+        refuse_shared_gpus(world, device, store, timedelta(seconds=patience + _MARGIN))
     # Longer than a check may take: the deadline of the check speaks first.
     dist.init_process_group(
         backend,
@@ -62,30 +60,10 @@ def assembled(world: World, patience: float) -> Iterator[None]:
 
 def _call_the_roll(world: World, patience: float) -> Any:
     """The store at which all ranks have met."""
-    from torch._C._distributed_c10d import TCPStore
-
-    where = f"{world.master_addr}:{world.master_port}"
-    # Under torchrun its agent listens there already.
-    listens = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = TCPStore(
-            world.master_addr,
-            world.master_port,
-            world.size,
-            is_master=listens,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=patience),
-        )
-    except RuntimeError as error:
-        if listens:
-            raise AbsentError(
-                f"rank 0 cannot listen at {where} ({_first_line(error)}); set MASTER_PORT", tells=True
-            ) from error
-        raise AbsentError(
-            f"rank {world.rank} on {node_name()}: rank 0 does not answer at {where} within {patience:.0f} s; is it "
-            "there, and may the nodes reach each other (firewall, MASTER_ADDR)?",
-            tells=True,
-        ) from error
+        store, _ = meet(world, timedelta(seconds=patience))
+    except UserError as error:
+        raise AbsentError(str(error), tells=True) from error
     store.set(f"here/{world.rank}", node_name())
     absent = _absent(store, world, patience)
     if absent:
@@ -132,7 +110,3 @@ def deadline(what: str, seconds: float, rank: int, mend: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def _first_line(error: Exception) -> str:
-    return first_line(error)[:200]

@@ -26,7 +26,8 @@ def memory_report(config: EvaluateConfig, _world_size: int) -> str:
     estimate = {
         "weights": target_bytes(config.target) + width * sum(map(parameters, drafters)),
         "key-value caches": width * room * (cached(target) + max(map(cached, drafters))),
-        # fp32: the target's logits and probabilities of a block, the drafts' probabilities.
-        "logits": 4 * config.batch_size * (3 * gamma + 2) * target.vocab_size,
+        # fp32, of a block: the target's logits, probabilities and nucleus, the drafts' probabilities; of one token
+        # what is left of a rejected draft and, in float64, running sums.
+        "logits": 4 * config.batch_size * (4 * (gamma + 1) + 4) * target.vocab_size,
     }
     return render(estimate)

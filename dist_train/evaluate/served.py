@@ -8,17 +8,15 @@ counted too.
 
 from __future__ import annotations
 
-import http.client
-import json
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from data_shards.files import write_atomically, write_json
 from dist_train.config import ServedConfig, save_config
+from dist_train.config.address import check_address
 from dist_train.errors import UserError
 from dist_train.evaluate.results import make_folder
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
@@ -28,7 +26,7 @@ from dist_train.reports.results import RESULTS, read_tables
 from dist_train.reports.tables import interval, markdown, shares
 from dist_train.runtime.interrupts import one_interrupt, results
 from dist_train.runtime.progress import phase
-from dist_train.serving.http import Client, RefusedError
+from dist_train.serving.http import Client, RefusedError, parse_json
 from dist_train.serving.vllm import NEEDED, PREFIX, UNBENT, Sample, counted_between, parse_counters
 from dist_train.tokenizer import Tokenizer
 from dist_train.work.units import unit_seed
@@ -43,11 +41,10 @@ class Server:
     def __init__(self, url: str, timeout: float) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         try:
-            if urlsplit(self.url).scheme not in ("http", "https"):
-                raise ValueError("no address such as http://node7:8000")
-            self._client = Client(self.url, None, timeout, patience=0)
+            check_address(self.url)
         except ValueError as error:
-            raise UserError(f"{self.url}: does not answer: {error}; check --server") from error
+            raise UserError(f"{error}; it does not answer; check --server") from error
+        self._client = Client(self.url, None, timeout, patience=0)
 
     def model(self) -> str:
         """The first model that it lists."""
@@ -110,7 +107,7 @@ class Server:
     def _answer(self, path: str, content: dict[str, Any] | None = None) -> Any:
         said = self._ask(path, content)
         try:
-            return json.loads(said)
+            return parse_json(said)
         except ValueError as error:
             raise UserError(f"{self.url}{path}: answers no JSON: {said[:80]!r}; check --server") from error
 
@@ -120,7 +117,7 @@ class Server:
         except RefusedError as error:
             mend = "; check --server" if error.status == 404 else ""
             raise UserError(f"{self.url}{path}: answers {error}{mend}") from error
-        except (OSError, ValueError, OverflowError, http.client.HTTPException) as error:  # OverflowError: of a port
+        except (OSError, UnicodeDecodeError) as error:
             reason = str(error) or type(error).__name__
             raise UserError(f"{self.url}{path}: does not answer: {reason}; check --server") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from data_shards import DataError
-from dist_train.errors import UserError
+from dist_train.errors import UserError, without_passwords
 from dist_train.export.provenance import is_hub_id, public_name
 from dist_train.models.drafter import find_model
 from dist_train.reports.results import read_tables
@@ -38,7 +38,7 @@ class Facts:
 
 def model_card(facts: Facts) -> str:
     """README.md of the exported folder: YAML front matter and Markdown."""
-    return "\n".join(
+    text = "\n".join(
         [
             f"---\n{yaml.safe_dump(_front_matter(facts), sort_keys=False)}---\n",
             f"# {escaped(facts.name)}\n",
@@ -48,6 +48,7 @@ def model_card(facts: Facts) -> str:
             _serving(facts),
         ]
     )
+    return without_passwords(text)
 
 
 def measured(folder: Path, drafter: Path) -> str:

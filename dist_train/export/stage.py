@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config import ExportConfig, SeedsSection, TargetSection
-from dist_train.errors import UserError
+from dist_train.errors import UserError, printable
 from dist_train.export.assisted import check_assisted_generation
 from dist_train.export.card import Facts, measured, model_card
 from dist_train.export.folder import atomic_folder, refuse_foreign, write_marker, write_model
@@ -80,7 +80,7 @@ def _check_folder(config: ExportConfig, target: str) -> int:
     reference = reference_of_target(TargetSection(path=target), config.chat_template)
     checks = gate(find_model(config.drafter), reference, config.serving_length)
     for one in checks:
-        print(one)
+        print(printable(str(one)))
     failed = sum(one.verdict == "failed" for one in checks)
     print(
         f"refused: {failed} of {len(checks)} checks failed"
@@ -97,7 +97,7 @@ def _write(config: ExportConfig, reference: Reference, folder: Path) -> None:
     _raise_failed(config.drafter, checks)
     for one in checks:
         if one.verdict == "warning":
-            print(f"export: warning: {one.name}: {one.text}", flush=True)
+            print(printable(f"export: warning: {one.name}: {one.text}"), flush=True)
     model: Any = load_drafter(folder)
     print(
         f"export: {model.num_parameters():,} parameters, LlamaForCausalLM, {config.dtype}; "

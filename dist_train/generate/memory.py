@@ -12,7 +12,7 @@ from dist_train.prompts.seeds import read_encoded_seeds
 
 
 def memory_report(config: GenerateConfig, _world_size: int) -> str:
-    """GiB a rank, each of which holds the whole target: weights, key-value cache of a batch, logits of its last tokens.
+    """GiB a rank, which holds the whole target: weights, key-value cache of its rows, logits of their last tokens.
 
     Activations and what the libraries take for themselves come on top.
     """
@@ -21,11 +21,12 @@ def memory_report(config: GenerateConfig, _world_size: int) -> str:
     tokenizer = load_target_tokenizer(config.target, config.tokenizer, config.chat_template)
     prompts = read_encoded_seeds([config.seeds, *config.more_seeds], tokenizer).ids
     target: Any = read_target_config(config.target)
+    rows = min(config.engine.rows, config.batch_size)
     width, tokens = DTYPES[config.target.precision].itemsize, max(map(len, prompts)) + config.max_new_tokens
     estimate = {
         "weights": target_bytes(config.target),
-        "key-value cache": width * config.batch_size * tokens * cached(target),
-        "logits": 4 * config.batch_size * target.vocab_size,
+        "key-value cache": width * rows * tokens * cached(target),
+        # fp32: logits and probabilities of the last tokens, and their nucleus; float64: its running sums.
+        "logits": 20 * rows * target.vocab_size,
     }
-    more = "\n# continuous batching: its cache takes what is free" if config.engine.batching == "continuous" else ""
-    return render(estimate) + more
+    return render(estimate)

@@ -196,7 +196,8 @@ class ServerEngine:
 
     def _complaint(self, refusal: RefusedError) -> str:
         if refusal.status in (401, 403):
-            return f"{self._client.url}: the server wants a key ({refusal}); set the variable of engine.key_variable"
+            mend = "name the variable that holds it, engine.key_variable=OPENAI_API_KEY"
+            return f"{self._client.url}: the server wants a key ({refusal}); {mend}"
         return f"{self._client.url}: refused for model {self._model!r} with {refusal}{self._known_models()}"
 
     def _known_models(self) -> str:

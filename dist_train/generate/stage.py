@@ -84,11 +84,10 @@ class Generation:
         self._conditions = conditions(config)
         self._batches = -(-len(self._seeds) // config.batch_size)
         self._stopwatch = Stopwatch(config.out)
-        engine = config.engine
         self.origin: dict[str, Any] = {
             "target": target_identity(config.target),
             "tokenizer": tokenizer.sha256,
-            "engine": engine.kind if engine.kind == "openai" else f"transformers, {engine.batching} batching",
+            "engine": config.engine.kind,
         }
 
     @property
@@ -172,10 +171,9 @@ def _request_seed(seed: int, number: int, condition: Condition) -> int:
 
 
 def _decoder(config: GenerateConfig, tokenizer: Tokenizer, model: Any) -> Engine:
-    from dist_train.generate.local import ContinuousBatches, StaticBatches
+    from dist_train.generate.local import LocalEngine
 
-    eos_ids = end_ids(tokenizer, model.generation_config)
-    return (ContinuousBatches if config.engine.batching == "continuous" else StaticBatches)(model, eos_ids)
+    return LocalEngine(model, end_ids(tokenizer, model.generation_config), config.engine.rows)
 
 
 def _server(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> Engine:
@@ -183,7 +181,10 @@ def _server(config: GenerateConfig, tokenizer: Tokenizer, vocab_size: int) -> En
     from dist_train.serving.http import Client
 
     engine = config.engine
-    client = Client(engine.url, os.environ.get(engine.key_variable), engine.timeout, engine.patience)
+    key = os.environ.get(engine.key_variable) if engine.key_variable else None
+    if engine.key_variable and not key:
+        raise UserError(f"engine.key_variable: {engine.key_variable} is not set here; export it, or leave the key out")
+    client = Client(engine.url, key, engine.timeout, engine.patience)
     eos_ids = end_ids(tokenizer, read_generation_config(config.target))
     return ServerEngine(client, engine.model or config.target.path, tokenizer, eos_ids, vocab_size, engine.concurrency)
 

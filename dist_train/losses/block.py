@@ -33,13 +33,15 @@ class Block:
         labels: Tensor | None,
         scale: Tensor,
         batch_mu: Tensor | None,
+        out: Tensor,
         *,
         traced: bool = False,
-    ) -> Tensor:
-        """Sums of the weighted losses and the statistics at each row, [1 + len(STATISTICS), R] or [1, R], fp64.
+    ) -> list[Tensor]:
+        """At each row the sum of the weighted losses and, with a target, the statistics: each [R], fp64.
 
-        `z`, `y` [R, V]: raw logits of drafter and target; `z` becomes the gradient of the losses times `scale` at the
-        drafter's. `labels` [R]; `scale`, `batch_mu` scalars, fp64, on the device. `traced`: for torch.compile.
+        `z`, `y` [R, V]: raw logits of drafter and target; `out` [R, V], which may be `z`, becomes the gradient of the
+        losses times `scale` at the drafter's. `labels` [R]; `scale`, `batch_mu` scalars, fp64, on the device. `traced`:
+        for torch.compile.
         """
         options = replace(self.options, batch_mu=batch_mu)
         logits = self.drafter.finished(z)
@@ -51,8 +53,8 @@ class Block:
         loss, gradient = self._weighted_sum(d, options)
         columns = [loss, *statistics(d)] if d.has_target else [loss]
         gradient.mul_((scale / options.drafter_temperature).to(gradient.dtype))
-        z.copy_(self.drafter.raw_gradient(gradient, logits))  # in place of the logits, which are done with
-        return torch.stack(columns)
+        out.copy_(self.drafter.raw_gradient(gradient, logits))
+        return columns
 
     def _weighted_sum(self, d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
         """The losses added up, [R], and their gradient at the logits after their temperature, [R, V]."""

@@ -21,13 +21,13 @@ from dist_train.losses.block import Block
 Compile = Literal["auto"] | bool
 """False: eager. True: compiled, an error where that is impossible. auto: compiled, eager where that is impossible."""
 
-Region = Callable[..., Tensor]
-Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None]
+Region = Callable[..., list[Tensor]]
+Arguments = tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor]
 
 _REGIONS: dict[object, Region] = {}
 
 
-def compiled(block: Block, arguments: Arguments, wanted: Compile) -> Tensor:
+def compiled(block: Block, arguments: Arguments, wanted: Compile) -> list[Tensor]:
     """What `block(*arguments)` returns and does, by its region.
 
     Raises UserError where `wanted` is True and nothing can be compiled on this machine.

@@ -34,12 +34,12 @@ class Softmax:
     log_sum: Tensor
 
     @staticmethod
-    def of(logits: Tensor, row_sum: Callable[[Tensor], Tensor]) -> Softmax:
-        """Of logits [N, V], which are left as they are; `row_sum` adds up over the vocabulary."""
+    def of(logits: Tensor, row_total: Callable[[Tensor], Tensor]) -> Softmax:
+        """Of logits [N, V], which are left as they are; `row_total` adds up over the vocabulary."""
         largest, top = logits.max(-1, keepdim=True)
         shifted = (logits - largest).clamp_(min=LOWEST)
         p = shifted.exp()  # torch.softmax takes an exponential of fewer digits
-        total = row_sum(p)
+        total = row_total(p)
         p.div_(total.to(p.dtype)[:, None])
         return Softmax(logits, shifted, p, top, largest[:, 0].double(), total.log())
 
@@ -65,19 +65,23 @@ class Distributions:
 
     def __init__(self, z: Tensor, y: Tensor | None, labels: Tensor | None, *, traced: bool = False) -> None:
         self.traced, self.labels = traced, labels
-        self.drafter = Softmax.of(z, self.row_sum)
+        self.drafter = Softmax.of(z, self.row_total)
         self.p = self.drafter.p
-        self._target = None if y is None else Softmax.of(y, self.row_sum)
+        self._target = None if y is None else Softmax.of(y, self.row_total)
 
     def row_sum(self, values: Tensor) -> Tensor:
         """Sums over the vocabulary, [N], fp64: what they are added to or taken from may be nearly as large.
 
         Added up in fp32, in many partial sums. Inductor's C++ keeps too few of them for that; there each lane adds up
-        in a register of fp64 instead.
+        in a register of fp64.
         """
         if self.traced and values.device.type == "cpu":
             return values.sum(-1, dtype=torch.float64)
         return values.sum(-1).double()
+
+    def row_total(self, values: Tensor) -> Tensor:
+        """`row_sum` where the whole row is divided by it: its error would be every entry's."""
+        return self.row_sum(values) if self.traced else values.sum(-1, dtype=torch.float64)
 
     @property
     def has_target(self) -> bool:

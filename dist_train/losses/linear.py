@@ -158,15 +158,22 @@ class _Chunks:
 
         Returns what `Block` does, for all rows: [1 + len(STATISTICS), N] or [1, N].
         """
-        spaces = (None, None) if self.compile else self._spaces()
+        # The memory of a chunk's logits, which the next one's take over.
+        # Inductor's C++ fails on inputs that are read and written to (PyTorch issue 196570): there the gradient has
+        # its own, in one piece with the logits', as glibc hands only large ones back.
+        is_apart = bool(self.compile) and self.hidden.device.type == "cpu"
+        z_space, *rest = self._spaces(self.drafter, 2 if is_apart else 1)
+        apart = rest[0] if rest else None
+        y_space = None if self.target is None else self._spaces(self.target, 1)[0]
         found = [self.hidden.new_empty((1 if self.target is None else 1 + len(STATISTICS), 0), dtype=torch.float64)]
         for first in range(0, len(self.hidden), self.size):
             rows = slice(first, min(first + self.size, len(self.hidden)))
-            z = self._raw(self.drafter, self.hidden[rows], spaces[0])
+            z = self._raw(self.drafter, self.hidden[rows], z_space)
             y = None
-            if self.target is not None and self.target_hidden is not None:
-                y = self._raw(self.target, self.target_hidden[rows], spaces[1])
+            if self.target is not None and self.target_hidden is not None and y_space is not None:
+                y = self._raw(self.target, self.target_hidden[rows], y_space)
             labels = None if self.labels is None else self._filled(self.labels[rows])
+            gradient = z if apart is None else apart[: len(z)]
             for start in range(0, len(z), self.block):
                 part = slice(start, start + self.block)
                 arguments = (
@@ -175,25 +182,22 @@ class _Chunks:
                     None if labels is None else labels[part],
                     self.scale,
                     self.batch_mu,
+                    gradient[part],
                 )
                 done = compiled(self.work, arguments, self.compile) if self.compile else self.work(*arguments)
-                found.append(done)
-            del y, arguments
-            use(rows, z[: rows.stop - rows.start])
+                found.append(torch.stack(list(done)))
+            use(rows, gradient[: rows.stop - rows.start])
         return torch.cat(found, 1)[:, : len(self.hidden)]
 
-    def _spaces(self) -> tuple[Tensor, Tensor | None]:
-        """Memory for the logits of a chunk, which the next one's take over: MKL can write where it is told to."""
+    def _spaces(self, head: Head, number: int) -> tuple[Tensor, ...]:
+        """Memory for so many tensors of raw logits of a chunk, each [R, V]."""
         rows = -(-min(self.size, len(self.hidden)) // self.block) * self.block
-        z = self.drafter.weight.new_empty(rows, len(self.drafter.weight))
-        return z, None if self.target is None else self.target.weight.new_empty(rows, len(self.target.weight))
+        return head.weight.new_empty(number, rows, len(head.weight)).unbind()
 
-    def _raw(self, head: Head, hidden: Tensor, space: Tensor | None) -> Tensor:
+    def _raw(self, head: Head, hidden: Tensor, space: Tensor) -> Tensor:
         """Raw logits of whole blocks of rows, [R, V]."""
         hidden = self._filled(hidden.to(head.weight.dtype))
-        if space is None:
-            return linear(hidden, head.weight, head.bias)
-        return linear_into(space[: len(hidden)], hidden, head.weight, head.bias)
+        return linear_into(space[: len(hidden)], hidden, head.weight, head.bias, fast=bool(self.compile))
 
     def _filled(self, values: Tensor) -> Tensor:
         """[R] or [R, D] with zeros up to a whole number of blocks."""

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of the vocabulary, at once, where a product has to be converted first.
+# Of the vocabulary, at once, where a product is made in parts: what is copied or converted is still in a cache.
 _SLICE = 4096
 
 
@@ -15,17 +15,29 @@ def linear(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
     On a CPU fp32 goes to oneDNN, as Inductor's own products do: torch.mm calls MKL, which was half as fast on AMD.
     """
-    if values.device.type == "cpu" and values.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+    if _by_onednn(values):
         product: Tensor = torch.ops.mkldnn._linear_pointwise(values, weight, bias, "none", [], "")
         return product
     return F.linear(values, weight, bias)
 
 
-def linear_into(space: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear` by torch.mm, into `space` [R, V], which is returned."""
+def linear_into(space: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None, *, fast: bool) -> Tensor:
+    """The same into `space` [R, V], which is returned; `fast`: as `linear` does it, else by torch.mm.
+
+    What a CPU's allocator is given back in pieces as large as a chunk it does not find again: RSS would grow.
+    """
+    if fast and _by_onednn(values):
+        biases = [None] * len(weight) if bias is None else bias.split(_SLICE)
+        for part, rows, shift in zip(space.split(_SLICE, dim=1), weight.split(_SLICE), biases, strict=False):
+            part.copy_(linear(values, rows, shift))
+        return space
     if bias is None:
         return torch.mm(values, weight.T, out=space)
     return torch.addmm(bias, values, weight.T, out=space)
+
+
+def _by_onednn(values: Tensor) -> bool:
+    return values.device.type == "cpu" and values.dtype == torch.float32 and torch.backends.mkldnn.is_available()
 
 
 def add_outer(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:

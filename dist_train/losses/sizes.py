@@ -10,9 +10,11 @@ _CHUNK_ELEMENTS = {"cpu": 5 << 20, "cuda": 1 << 26}
 _LEAST_ROWS = {"cpu": 704, "cuda": 512}
 # Without a target, whose head is the wide one.
 _LEAST_ROWS_ALONE = {"cpu": 240, "cuda": 512}
-# On a CPU oneDNN is at its best with fewer rows, and memory of up to 32 MiB goes round in glibc's heap.
+# On a CPU oneDNN is at its best with fewer rows. Compiled, the gradient has memory of its own: without a target that is
+# the second tensor.
 _FUSED_ELEMENTS = 7 << 20
-_FUSED_LEAST_ROWS = 128
+_FUSED_ELEMENTS_ALONE = 5 << 20
+_FUSED_LEAST_ROWS = 96
 # A chunk's share of the free memory, of which it takes two tensors in fp32.
 _FREE_SHARE = 1 / 4
 # A block is what the losses are taken for, eagerly a dozen tensors: as many rows of a chunk as a cache holds of them,
@@ -28,7 +30,7 @@ def chunk_rows(vocab_size: int, on_gpu: bool, *, alone: bool = False, fused: boo
     `alone`: without a target; `fused`: for the compiled loss.
     """
     if fused and not on_gpu:
-        return max(_FUSED_LEAST_ROWS, _FUSED_ELEMENTS // vocab_size)
+        return max(_FUSED_LEAST_ROWS, (_FUSED_ELEMENTS_ALONE if alone else _FUSED_ELEMENTS) // vocab_size)
     kind = "cuda" if on_gpu else "cpu"
     least = _LEAST_ROWS_ALONE if alone else _LEAST_ROWS
     return max(least[kind], _CHUNK_ELEMENTS[kind] // vocab_size // 32 * 32)

@@ -89,13 +89,15 @@ def rkl(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
 def jsd(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     """Generalised Jensen-Shannon: beta KL(q|m) + (1-beta) KL(p|m), m = beta q + (1-beta) p (Agarwal et al., 2024).
 
-    The derivative of the mixture cancels, which leaves g = (1-beta) log(p/m).
+    The derivative of the mixture cancels, which leaves g = (1-beta) log(p/m). The logarithm is counted from the
+    drafter's likeliest token, as in rkl.
     """
     beta = options.beta
     target_side = d.row_sum(_log_share(d.q, d.p, 1 - beta).mul_(d.q))
     ratio = _log_share(d.p, d.q, beta)
-    mean = d.row_sum(d.p * ratio)
-    value = beta * target_side + (1 - beta) * mean
+    origin = ratio.gather(1, d.drafter.top)
+    mean = d.row_sum(ratio.sub_(origin) * d.p)
+    value = beta * target_side + (1 - beta) * (mean + origin[:, 0].double())
     return value, ratio.sub_(mean.to(ratio.dtype)[:, None]).mul_(d.p).mul_(1 - beta)
 
 
@@ -162,7 +164,7 @@ def lk(d: Distributions, options: Options) -> tuple[Tensor, Tensor]:
     log_p, log_q = d.drafter.log_p(origin), d.target.log_p(origin)
     rewarded = (log_q - log_p).sign_().clamp_(min=0)
     lesser = torch.minimum(log_p, log_q).exp_()
-    total = d.row_sum(lesser)
+    total = d.row_total(lesser)
     total.clamp_(min=torch.finfo(lesser.dtype).tiny)  # nothing in common: the loss is inf, its gradient 0
     rewarded.mul_(lesser.div_(total.to(lesser.dtype)[:, None]))
     gradient = (d.p * d.row_sum(rewarded).to(d.p.dtype)[:, None]).sub_(rewarded)

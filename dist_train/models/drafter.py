@@ -126,7 +126,7 @@ def find_model(path: Path) -> Path:
     Raises UserError when it is none of them.
     """
     latest = path / CHECKPOINTS / LATEST
-    named = inside(path / CHECKPOINTS, latest.read_text().strip()) if latest.exists() else None
+    named = inside(path / CHECKPOINTS, latest.read_text(errors="replace").strip()) if latest.exists() else None
     if named is not None and named.is_dir():
         path = named
     elif folders := committed(path / CHECKPOINTS):  # a lost `latest` loses nothing

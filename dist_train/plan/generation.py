@@ -27,9 +27,10 @@ def plan_generation(
     shape, width = target.shape, DTYPES[config.target.precision].itemsize
     each_seed = len(conditions(config))
     answers = seeds * each_seed
+    rows = min(config.engine.rows, config.batch_size)
     plan = Plan(
         f"generate on {machine.gpus} x {machine.gpu.name}, {machine.nodes} node{'s' if machine.nodes > 1 else ''}: "
-        f"target of {target.parameters / 1e9:.3g}B parameters, {answers:,} answers, {config.batch_size} at a time"
+        f"target of {target.parameters / 1e9:.3g}B parameters, {answers:,} answers, {rows} at a time"
     )
     peak = plan.add(
         "assumed",
@@ -47,19 +48,17 @@ def plan_generation(
     tokens = plan.add("work", "tokens", answers * answer_tokens, "count", how)
     head_width = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     keys = 2 * shape.num_hidden_layers * (getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads)
-    cached = config.batch_size * config.max_new_tokens * keys * head_width * width
+    cached = rows * config.max_new_tokens * keys * head_width * width
     weights = width * target.parameters
     read = (weights + cached / 2) / (machine.gpu.memory_bandwidth * assumed.memory_bandwidth)
     each = flops_per_token(shape, target.matrix_parameters, config.max_new_tokens)
-    calculated = config.batch_size * each / (peak * assumed.target_mfu)
+    calculated = rows * each / (peak * assumed.target_mfu)
     launched = shape.num_hidden_layers * assumed.seconds_a_layer
     plan.add("time", "reading, a token each", read, "seconds", "weights and a half-full cache of keys and values")
-    plan.add("time", "calculating", calculated, "seconds", f"{config.batch_size} tokens x {each / 1e9:.3g} GFLOP")
+    plan.add("time", "calculating", calculated, "seconds", f"{rows} tokens x {each / 1e9:.3g} GFLOP")
     plan.add("time", "launching", launched, "seconds", f"{shape.num_hidden_layers} layers")
     step = plan.add("time", "a token each", max(read, calculated, launched), "seconds", "the longest of the three")
-    rate = plan.add(
-        "time", "tokens/s a GPU", config.batch_size / step, "count", "the whole batch, until all have ended"
-    )
+    rate = plan.add("time", "tokens/s a GPU", rows / step, "count", "rows kept full, until a unit's last answers")
     wall = plan.add("time", "wall time", tokens / (rate * machine.gpus), "seconds", f"tokens on {machine.gpus} GPUs")
     plan.add("time", "GPU-hours", wall / 3600 * machine.gpus, "GPU-hours", f"wall time x {machine.gpus} GPUs")
     plan.add("memory a GPU", "target weights", weights / _GIB, "GiB", f"{width} bytes a parameter, whole on each GPU")
@@ -67,7 +66,7 @@ def plan_generation(
     needed, free = (weights + cached) / _GIB, machine.gpu.memory / _GIB
     plan.add("memory a GPU", "in all", needed, "GiB", f"of {free:.0f}: {'fits' if needed <= free else 'DOES NOT FIT'}")
     if needed > free:
-        plan.notes.append("the target does not fit: generate holds it whole on each GPU; a smaller batch_size at best")
+        plan.notes.append("the target does not fit: generate holds it whole on each GPU; fewer engine.rows at best")
     plan.add("storage", "answers", _ANSWER_BYTES * tokens, "bytes", f"{_ANSWER_BYTES:g} bytes a token, as Parquet")
     size = 2 if shape.vocab_size < 2**16 else 4
     plan.add("storage", "shards made of them", (size + 1) * tokens, "bytes", f"{size} bytes a token, 1 of its mask")

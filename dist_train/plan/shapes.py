@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config import TargetSection, TrainConfig
+from dist_train.config.yaml_text import parse_yaml
 from dist_train.errors import UserError
 
 _MOST_PARAMETERS = 1e15  # far above any model, and far below where torch's sizes overflow
@@ -92,13 +93,11 @@ def tokenizer_vocabulary(tokenizer: str) -> int:
 
 def stage_of(path: Path | None, words: Sequence[str]) -> str:
     """The stage that a configuration is of, by the keys that only this one has; pretrain if there are none."""
-    import yaml
-
     tree: Any = {}
     if path is not None and path.is_file():
         try:
-            tree = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError):
+            tree = parse_yaml(path.read_text())
+        except ValueError:
             tree = {}  # told when it is loaded
     keys = {*(tree if isinstance(tree, dict) else {}), *(word.split("=")[0].split(".")[0] for word in words)}
     telling = {"seeds": "generate", "drafters": "evaluate", "inputs": "prepare", "dataset": "prepare"}

@@ -13,7 +13,7 @@ from data_shards import DataError, PrepareSummary, ShardedTokens
 from data_shards.inputs import dataset_files, find_files
 from data_shards.ranks import Alone, Communicator, together
 from dist_train.config import PrepareConfig
-from dist_train.errors import UserError
+from dist_train.errors import UserError, printable
 from dist_train.prepare.encoders import ChatEncoder, TextEncoder
 from dist_train.runtime.progress import Progress, phase
 from dist_train.tokenizer import load_tokenizer
@@ -87,7 +87,7 @@ def _make(config: PrepareConfig, comm: Communicator) -> None:
 
 def _conclude(config: PrepareConfig, summary: PrepareSummary, ranks: int, seconds: float) -> None:
     for fault in summary.named_faults[:_FAULTS_SHOWN]:
-        print(f"prepare: left out ({fault.kind}): {fault.where}: {fault.reason}", flush=True)
+        print(printable(f"prepare: left out ({fault.kind}): {fault.where}: {fault.reason}"), flush=True)
     if sum(summary.faults.values()) > _FAULTS_SHOWN:
         print(f"prepare: and more, named in {config.out / 'index.json'}", flush=True)
     packs = f", {summary.packs:,} packs of {config.sequence_length}" if summary.packs else ""

@@ -30,17 +30,24 @@ def launch(arguments: Sequence[str], processes: int) -> int:
     threads = max(1, cores() // processes)
     workers = []
     for rank in range(processes):
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "LOCAL_WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **place}
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ, **place_of(rank, processes, port)}
         workers.append(_start([sys.executable, "-m", "dist_train", *arguments], environment))
     return _wait(workers, [f"rank {rank}" for rank in range(processes)])
+
+
+def place_of(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The variables that tell a process its place among those of this machine."""
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        # All are here: nothing has to listen where other machines reach it.
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
+    }
 
 
 def launch_mpi(arguments: Sequence[str], processes: int) -> int:
@@ -54,10 +61,10 @@ def launch_mpi(arguments: Sequence[str], processes: int) -> int:
 
 
 def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, env=environment, preexec_fn=_die_with_parent)
+    return subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Ask Linux for SIGTERM when the parent dies, however it dies: a killed launcher must not leave writers behind."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from data_shards.errors import DataError
 from dist_train.errors import UserError
+from dist_train.runtime.devices import device_index, refuse_shared_gpus
 from dist_train.runtime.progress import phase
+from dist_train.runtime.rendezvous import meet
 from dist_train.runtime.world import World, cores, find_world, local_world_size
 
 if TYPE_CHECKING:
@@ -108,36 +110,39 @@ class Runtime:
 def started() -> Iterator[Runtime]:
     """Start the process group (nccl with CUDA, gloo without) for the length of a `with` block."""
     world = find_world()
-    place = {
-        "RANK": world.rank,
-        "LOCAL_RANK": world.local_rank,
-        "WORLD_SIZE": world.size,
-        "MASTER_ADDR": world.master_addr,
-        "MASTER_PORT": world.master_port,  # 0 of a process alone: whichever is free when it listens
-    }
-    before = {name: os.environ.get(name) for name in place}
-    os.environ.update({name: str(value) for name, value in place.items()})
     import torch
+    import torch.distributed as dist
 
     quiet_libraries()
     has_cuda = torch.cuda.is_available()
-    if not has_cuda:
+    if has_cuda:
+        device = torch.device("cuda", device_index(world, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # torchrun and srun leave this to each process; all cores for each of several would fight.
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, cores() // local_world_size(world)))
-    device = torch.device("cuda", world.local_rank % torch.cuda.device_count()) if has_cuda else torch.device("cpu")
-    if has_cuda:
-        torch.cuda.set_device(device)
+    port = world.master_port
+    if not dist.is_initialized():  # by the doctor, who waits less long
+        with phase(f"waiting for {world.size} ranks"):
+            port = start_process_group(world, device, COLLECTIVE_TIMEOUT)
+    place = {
+        "RANK": world.rank,
+        "LOCAL_RANK": device.index or 0 if has_cuda else world.local_rank,  # DeepSpeed's index of the device
+        "WORLD_SIZE": world.size,
+        "MASTER_ADDR": world.master_addr,
+        "MASTER_PORT": port,
+    }
+    before = {name: os.environ.get(name) for name in place}
+    os.environ.update({name: str(value) for name, value in place.items()})
     import deepspeed
 
     # Its CPU accelerator would compile an all-reduce that only its tensor-parallel inference calls, behind a lock file
     # that a killed process leaves to all later ones. PyTorch's own serves. Set, not changed: reading it first would try
     # the compiler and linker on every operator.
     deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    with phase(f"waiting for {world.size} ranks"):
-        deepspeed.init_distributed(
-            "nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT
-        )
+    deepspeed.init_distributed("nccl" if has_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     try:
         yield Runtime(world, device)
     finally:
@@ -148,6 +153,29 @@ def started() -> Iterator[Runtime]:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
+
+
+def start_process_group(world: World, device: torch.device, timeout: timedelta) -> int:
+    """Make torch's process group, nccl with CUDA, gloo without; the port of its store. Collective.
+
+    `timeout`: how long ranks wait for each other, here and in collectives. Raises UserError where they do not meet, or
+    would share a GPU.
+    """
+    import torch.distributed as dist
+
+    store, port = meet(world, timeout)
+    several_gpus = device.type == "cuda" and world.size > 1
+    if several_gpus:
+        refuse_shared_gpus(world, device, store, timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timeout,
+        device_id=device if several_gpus else None,
+    )
+    return port
 
 
 def quiet_libraries() -> None:

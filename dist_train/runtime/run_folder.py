@@ -20,6 +20,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from data_shards.errors import DataError
 from data_shards.files import FileRecord, Form, file_xxh64, inside, read_json
+from dist_train.errors import UserError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -91,32 +92,48 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 def verify(folder: Path, below: str = "") -> list[str]:
     """What is wrong with a checkpoint, or with its files whose names begin with `below`, one line each; reads every
-    byte of them.
+    byte of them. Raises UserError where this user may not read it: that says nothing of its state.
     """
     try:
         files = read_manifest(folder)["files"]
         named = {name: (inside(folder, name), record) for name, record in files.items() if name.startswith(below)}
     except DataError as error:
+        if isinstance(error.__cause__, OSError):
+            raise UserError(str(error)) from error
         return [str(error)]
     found = []
     for name, (path, record) in named.items():
-        if not path.exists():
-            found.append(f"{name} is missing")
-        elif path.stat().st_size != record["bytes"]:
-            found.append(f"{name} has {path.stat().st_size} bytes, not {record['bytes']}")
-        elif file_xxh64(path) != record["xxh64"]:
-            found.append(f"{name} has another checksum")
+        try:
+            if not path.exists():
+                found.append(f"{name} is missing")
+            elif path.stat().st_size != record["bytes"]:
+                found.append(f"{name} has {path.stat().st_size} bytes, not {record['bytes']}")
+            elif file_xxh64(path) != record["xxh64"]:
+                found.append(f"{name} has another checksum")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     return found
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
-    """The figures of every step of a run, in order; a half-written last line is passed over."""
+    """The figures of every step of a run, in order, up to the first line that is none: the half-written last one."""
     if not (run / METRICS).exists():
         return []
     figures = []
     for line in (run / METRICS).read_text(errors="replace").splitlines():
         try:
-            figures.append(json.loads(line))
-        except ValueError:
+            figure = json.loads(line)
+        except (ValueError, RecursionError):
             break
+        if not _is_figure(figure):
+            break
+        figures.append(figure)
     return figures
+
+
+def _is_figure(line: Any) -> bool:
+    """A loss may be NaN; what is counted may not."""
+    if not isinstance(line, dict) or not all(isinstance(value, int | float) for value in line.values()):
+        return False
+    counted = (line.get("step"), line.get("time"), line.get("progress/tokens", 0))
+    return all(value is not None and 0 <= value < 2**60 for value in counted)

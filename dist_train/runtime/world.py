@@ -6,6 +6,7 @@ WORLD_SIZE, one started by `mpiexec` in MPI's; anything else is one process.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import socket
@@ -28,11 +29,24 @@ class World:
     master_addr: str
     master_port: int
     launcher: str
+    spare_ports: tuple[int, ...] = ()
+    """where rank 0 may listen instead, if another process has the port"""
+    meeting: str = ""
+    """tells the ranks of this start of this job from others that listen at the same ports"""
 
     @property
     def is_first(self) -> bool:
         """Whether this process speaks for all."""
         return self.rank == 0
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Where rank 0 may listen, in the order of trying."""
+        return (self.master_port, *self.spare_ports)
+
+
+# Below Linux' ephemeral ports (32768 and up), any of which an outgoing connection of anybody may have at any time.
+_FIRST_PORT, _PORTS, _TRIES = 20_000, 12_768, 16
 
 
 def find_world(environment: Mapping[str, str] = os.environ) -> World:
@@ -51,14 +65,20 @@ def find_world(environment: Mapping[str, str] = os.environ) -> World:
         )
     # A batch script has SLURM_PROCID too; only a step started by srun has SLURM_STEP_NUM_TASKS.
     if "SLURM_STEP_NUM_TASKS" in environment and "SLURM_PROCID" in environment:
+        job = int(environment["SLURM_JOB_ID"])
+        # Two jobs on one node must not meet: the port is the job's own.
+        given = environment.get("MASTER_PORT")
+        ports = [int(given)] if given else [_FIRST_PORT + (job + 797 * i) % _PORTS for i in range(_TRIES)]
+        step = [environment.get(name, "0") for name in ("SLURM_STEP_ID", "SLURM_RESTART_COUNT")]
         return World(
             rank=int(environment["SLURM_PROCID"]),
             local_rank=int(environment.get("SLURM_LOCALID", "0")),
             size=int(environment["SLURM_STEP_NUM_TASKS"]),
             master_addr=environment.get("MASTER_ADDR") or _first_slurm_host(environment),
-            # Two jobs on one node must not meet: the port is the job's own.
-            master_port=int(environment.get("MASTER_PORT") or 20_000 + int(environment["SLURM_JOB_ID"]) % 20_000),
+            master_port=ports[0],
             launcher="slurm",
+            spare_ports=tuple(ports[1:]),
+            meeting=".".join([str(job), *step]),
         )
     return World(rank=0, local_rank=0, size=1, master_addr="127.0.0.1", master_port=0, launcher="single process")
 
@@ -97,6 +117,19 @@ def local_world_size(world: World) -> int:
         if count := os.environ.get(name, "").split("(")[0].split(",")[0]:
             return int(count)
     return world.size if world.master_addr in ("127.0.0.1", "localhost", socket.gethostname()) else 1
+
+
+def on_loopback(host: str) -> bool:
+    """Whether an address reaches this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def node_name() -> str:
+    """This node as SLURM calls it, else its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def cores() -> int:

@@ -1,22 +1,30 @@
-"""Asking a server that may be busy, restarting or gone: JSON over HTTP, with back-off."""
+"""Asking a server that may be busy, restarting or gone: JSON over HTTP, with back-off.
+
+Requests are tasks of one event loop in a thread of its own. So each has a deadline for the whole answer, however it
+trickles, and `give_up` ends all that are under way at once: both are cancellation, which a blocking client has not.
+"""
 
 from __future__ import annotations
 
-import http.client
+import asyncio
+import concurrent.futures
 import json
 import math
 import random
-import socket
+import ssl
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Coroutine
 from typing import Any
-from urllib.parse import urlsplit
+
+import httpx2
 
 from dist_train.errors import UserError
 from dist_train.runtime.progress import SECONDS_BETWEEN_LINES, tell_at_intervals
 
+LONGEST_ANSWER = 16 << 20
+"""Bytes of one answer: more than a hundred a token for the longest contexts."""
+_DEEPEST_ANSWER = 50
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0
 _LONGEST_CONNECT = 30.0  # to connect needs no model to think
 _BUSY = (408, 409, 425, 429)
@@ -30,21 +38,29 @@ class RefusedError(Exception):
         self.status, self.words = status, words
 
 
-class Client:
-    """One server, asked by many threads, each over a connection of its own.
+class StrangeAnswerError(UserError):
+    """An answer that no such server gives, and that asking again will not change: endless, or a JSON bomb."""
 
-    `timeout`: seconds until a silent request counts as failed. `patience`: seconds for which a failing one is tried
-    again.
+
+class Client:
+    """One server, asked by many threads.
+
+    `timeout`: seconds until a request without its whole answer counts as failed. `patience`: seconds for which a
+    failing one is tried again. Nothing of the environment is used: no proxy, no .netrc.
     """
 
     def __init__(self, url: str, key: str | None, timeout: float, patience: float) -> None:
         self.url = url.rstrip("/")
-        self._parts = urlsplit(self.url)
-        self._headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        self._headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
         self._timeout, self._patience = timeout, patience
-        self._local = threading.local()
-        self._lock, self._under_way = threading.Lock(), set[socket.socket]()
+        self._certificates = ssl.create_default_context() if self.url.startswith("https:") else False
+        self._kept = self._connections()
+        self._lock, self._under_way = threading.Lock(), set[concurrent.futures.Future[Any]]()
         self._given_up, self._why = threading.Event(), ""
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="http", daemon=True).start()
         self._answered = -math.inf  # when the last one came
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -52,23 +68,22 @@ class Client:
 
         Busy (429), failing (5xx), unreachable, silent, or broken off: asked again, after a delay that doubles, with
         chance in it, or that the server names. Raises RefusedError for another status, UserError when patience is
-        over or `give_up` was called.
+        over, `give_up` was called, or the answer is too long or too deep.
         """
         began, tries = time.monotonic(), 0
         while not self._given_up.is_set():
             tries += 1
             wanted = 0.0
             try:
-                status, words, wanted = self._once(method, path, body)
+                status, words, wanted = self._wait(self._send(self._kept, method, path, body))
                 if status == 200:
-                    answer = _parse(words)
+                    answer = self._object(words)
                     self._answered = time.monotonic()
                     return answer
                 if status < 500 and status not in _BUSY:
                     raise RefusedError(status, _said(words))
                 problem = f"{status} {_said(words)}"
-            except (OSError, http.client.HTTPException, ValueError) as error:
-                self._hang_up()
+            except (OSError, ValueError) as error:
                 problem = str(error) or type(error).__name__
             delay = max(wanted, min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(tries - 1, 20)) * random.uniform(0.5, 1.0))
             spent = time.monotonic() - began
@@ -85,13 +100,10 @@ class Client:
     def ask_once(self, method: str, path: str, body: dict[str, Any] | None = None) -> bytes:
         """What the server answers, asked over a new connection and never again, whatever becomes of the request.
 
-        Raises RefusedError for a status other than 200; OSError, HTTPException, ValueError or OverflowError where no
-        answer comes, as after `give_up`.
+        Raises RefusedError for a status other than 200; OSError where no answer comes, as after `give_up`; UserError
+        where it is too long.
         """
-        try:
-            status, words, _ = self._once(method, path, body)
-        finally:
-            self._hang_up()
+        status, words, _ = self._wait(self._send_alone(method, path, body))
         if status != 200:
             raise RefusedError(status, _said(words))
         return words
@@ -104,10 +116,8 @@ class Client:
         with self._lock:
             self._why = self._why or why
             self._given_up.set()
-            for sock in self._under_way:
-                with suppress(OSError):  # the server was quicker
-                    # Not SSLSocket's own: its first step is to forget the encryption, which the other thread yet uses.
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)
+            for request in self._under_way:
+                request.cancel()
             return self._why
 
     def _tell(self, problem: str, spent: float) -> None:
@@ -116,61 +126,107 @@ class Client:
             left = max(0.0, self._patience - spent)
             tell_at_intervals(self.url, f"{self.url}: {problem}; asked again, for {left:.0f} s more")
 
-    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
-        """Status, body and the delay that the server asks for, in seconds."""
-        connection = self._connection()
-        payload = None if body is None else json.dumps(body).encode()
-        with self._breakable(connection):
-            connection.request(method, f"{self._parts.path}{path}", payload, self._headers)
-            response = connection.getresponse()
-            words = response.read()
-        after = response.headers.get("Retry-After", "")
-        return response.status, words, min(float(after), 10 * _LONGEST_DELAY) if after.isdecimal() else 0.0
-
-    @contextmanager
-    def _breakable(self, connection: http.client.HTTPConnection) -> Iterator[None]:
-        """Have `give_up` end what is sent and read in the `with` block. Raises OSError when it was called before."""
-        if connection.sock is None:
-            connection.connect()
-        sock: Any = connection.sock
-        sock.settimeout(self._timeout)
+    def _wait(self, sending: Coroutine[Any, Any, tuple[int, bytes, float]]) -> tuple[int, bytes, float]:
+        """The outcome of a request that `give_up` ends. Raises OSError where there is none, or it was called before."""
         with self._lock:
             if self._given_up.is_set():
+                sending.close()
                 raise ConnectionAbortedError(self._why)
-            self._under_way.add(sock)
+            within = asyncio.wait_for(sending, self._timeout)
+            request = asyncio.run_coroutine_threadsafe(within, self._loop)
+            self._under_way.add(request)
         try:
-            yield
+            return request.result()
+        except concurrent.futures.CancelledError:
+            raise ConnectionAbortedError(self._why) from None
+        except asyncio.TimeoutError:
+            raise ConnectionError(f"no whole answer within {self._timeout:g} s") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            raise ConnectionError(_reason(error)) from error
         finally:
+            request.cancel()  # where Ctrl-C ends the wait for it
             with self._lock:
-                self._under_way.discard(sock)
+                self._under_way.discard(request)
 
-    def _connection(self) -> http.client.HTTPConnection:
-        if getattr(self._local, "connection", None) is None:
-            kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-            self._local.connection = kind(self._parts.netloc, timeout=min(self._timeout, _LONGEST_CONNECT))
-        return self._local.connection
+    async def _send_alone(self, method: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes, float]:
+        async with self._connections() as new:
+            return await self._send(new, method, path, body)
 
-    def _hang_up(self) -> None:
-        """After a failure nothing is known of the connection; the next try makes a new one."""
-        self._connection().close()
-        self._local.connection = None
+    async def _send(
+        self, connections: httpx2.AsyncClient, method: str, path: str, body: dict[str, Any] | None
+    ) -> tuple[int, bytes, float]:
+        """Status, body and the delay that the server asks for, in seconds."""
+        payload = None if body is None else json.dumps(body).encode()
+        async with connections.stream(method, f"{self.url}{path}", content=payload) as response:
+            words = bytearray()
+            async for chunk in response.aiter_raw():  # as sent: what was compressed may be endless when it is not
+                words += chunk
+                if len(words) > LONGEST_ANSWER:
+                    raise StrangeAnswerError(f"{self.url}{path}: answers more than {LONGEST_ANSWER >> 20} MiB")
+        after = response.headers.get("Retry-After", "")
+        return response.status_code, bytes(words), min(float(after), 10 * _LONGEST_DELAY) if after.isdecimal() else 0.0
+
+    def _connections(self) -> httpx2.AsyncClient:
+        return httpx2.AsyncClient(
+            headers=self._headers,
+            timeout=httpx2.Timeout(self._timeout, connect=min(self._timeout, _LONGEST_CONNECT)),
+            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=None),
+            verify=self._certificates,
+            trust_env=False,
+        )
+
+    def _object(self, words: bytes) -> dict[str, Any]:
+        answer = parse_json(words)
+        if not isinstance(answer, dict):
+            raise ValueError(f"the answer is not a JSON object: {words[:80]!r}")
+        return answer
 
 
-def _parse(words: bytes) -> dict[str, Any]:
-    answer = json.loads(words)
-    if not isinstance(answer, dict):
-        raise ValueError(f"the answer is not a JSON object: {words[:80]!r}")
-    return answer
+def parse_json(words: bytes | str) -> Any:
+    """What a server says. Raises ValueError where it is no JSON, StrangeAnswerError where it is nested too deep."""
+    try:
+        content = json.loads(words)
+    except RecursionError:
+        content = None
+        too_deep = True
+    else:
+        too_deep = _is_deeper(content, _DEEPEST_ANSWER)
+    if too_deep:
+        raise StrangeAnswerError(f"the server answers JSON nested more than {_DEEPEST_ANSWER} deep: {words[:80]!r}")
+    return content
+
+
+def _is_deeper(content: Any, levels: int) -> bool:
+    layer = [content]
+    for _ in range(levels):
+        layer = [
+            below
+            for node in layer
+            if isinstance(node, dict | list)
+            for below in (node.values() if isinstance(node, dict) else node)
+        ]
+        if not layer:
+            return False
+    return True
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words, "Connection refused" say, where there are any below the library's."""
+    deepest: BaseException = error
+    while deepest.__cause__ or deepest.__context__:
+        deepest = deepest.__cause__ or deepest.__context__  # type: ignore[assignment]
+    found = deepest if isinstance(deepest, OSError) and str(deepest) else error
+    return str(found) or type(found).__name__
 
 
 def _said(words: bytes) -> str:
     """The message in what a server says of an error, in one line."""
     text = words.decode(errors="replace")
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         for key in ("error", "message", "detail"):
             content = content[key] if isinstance(content, dict) and key in content else content
         text = content if isinstance(content, str) else json.dumps(content)
-    except ValueError:
-        pass
+    except (ValueError, StrangeAnswerError):
+        pass  # said as it is
     return " ".join(text.split())[:300] or "without a word"

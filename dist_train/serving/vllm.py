@@ -1,14 +1,20 @@
-"""vLLM: what its requests take beside OpenAI's fields, and its counters of speculative decoding."""
+"""vLLM: how it is started, what its requests take beside OpenAI's fields, and its counters of speculative decoding.
+
+llama.cpp's server has the same counters under a name of its own (`--metrics`).
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from dist_train.errors import UserError
+from dist_train.serving.launch import ServerCommand
 
 UNBENT = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 """vLLM's and SGLang's fields for what cuts or bends a distribution beside temperature and top-p, off: they otherwise
@@ -17,7 +23,10 @@ take them from the model's generation configuration."""
 PREFIX = "vllm:spec_decode_num_"
 NEEDED = ("drafts", "draft_tokens", "accepted_tokens")
 _BY_POSITION = "accepted_tokens_per_pos"
-_SAMPLE = re.compile(rf"{PREFIX}({'|'.join((*NEEDED, _BY_POSITION))})(_total)?(?:\{{(.*)\}})?\s+([-+.\w]+)(?:\s+\d+)?")
+_SAMPLE = re.compile(
+    rf"(?:vllm|llamacpp):spec_decode_num_({'|'.join((*NEEDED, _BY_POSITION))})(_total)?"
+    r"(?:\{(.*)\})?\s+([-+.\w]+)(?:\s+\d+)?"
+)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
@@ -35,6 +44,35 @@ class Counters(NamedTuple):
     drafted: float
     accepted: float
     by_position: tuple[float, ...]
+
+
+def vllm_command(
+    python: Path,
+    target: str | Path,
+    *,
+    drafter: Path | None = None,
+    gamma: int = 0,
+    sampled: bool = False,
+    dtype: str = "auto",
+    positions: int | None = None,
+    more: Sequence[str] = (),
+) -> ServerCommand:
+    """vLLM's server for `target`, in the environment of `python`; `drafter` drafts gamma tokens a block, if above 0.
+
+    `sampled`: drafts are drawn under the temperature and accepted with probability sum min(p, q); else they are the
+    drafter's likeliest tokens, which is vLLM's default. `dtype`: "auto" is bf16 for a folder in fp32. `positions`:
+    None is the target's; a drafter with fewer stops the whole batch's drafting beyond its own. `more`: further options,
+    which have the last word.
+    """
+    words = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(target), "--dtype", dtype]
+    if positions is not None:
+        words += ["--max-model-len", str(positions)]
+    if drafter is not None and gamma:
+        speculation: dict[str, Any] = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": gamma}
+        if sampled:
+            speculation["draft_sample_method"] = "probabilistic"
+        words += ["--speculative-config", json.dumps(speculation)]
+    return ServerCommand("vLLM", (*words, *more), {"VLLM_NO_USAGE_STATS": "1"})
 
 
 def parse_counters(text: str) -> dict[Sample, float]:

@@ -13,8 +13,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
+from dist_train.errors import UserError, printable
+from dist_train.runtime.faults import Fault, first_fault
 from dist_train.slurm.standing import TRAINING, Standing
 
 PREFIX = "_slurm-"
@@ -25,12 +28,23 @@ REQUEUE = 75
 MAX_FRUITLESS = 3
 """Starts at the same standing, one after the other, after which a job is given up."""
 
-# What the batch script finds out about the end of a step, beside "" (nothing special) and "crash".
-INTERRUPTIONS = ("time limit", "signal", "preemption", "node failure")
 OVER = ("cancelled", "killed at the time limit", "requeued")
 _KILLED = 128  # exit codes above: ended by a signal
 # The states that sacct shows, where a site keeps accounts.
+_NODE_FAULT = "node fault"
 _STATES = {"NODE_FAIL": "node failure", "PREEMPTED": "preemption", "TIMEOUT": "time limit", "REQUEUED": "requeued"}
+
+
+# What a line has beside its event and time, by event: lines are read that another version, or a torn write, has made.
+_FIELDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "submitted": {},
+    "start": {
+        "start": int, "nodes": str, "because": str, "done": int, "total": (int, NoneType), "unit": str,
+    },
+    "end": {"start": int, "code": int, "reason": str, "done": int, "said": str},
+    "gave up": {"start": int, "done": int},
+}  # fmt: skip
+_LATEST = 2.0**40  # seconds: beyond it is no time
 
 
 @dataclass(frozen=True)
@@ -66,20 +80,35 @@ def note(folder: Path, job: str, event: str, **what: Any) -> None:
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The lines of every job of a folder, jobs in the order of their first lines; torn and strange ones left out."""
+    """The lines of every job of a folder, jobs in the order of their first lines; torn and strange ones left out.
+
+    Raises UserError where a file cannot be read.
+    """
     jobs = {}
     for path in folder.glob(f"{PREFIX}*.jsonl"):
-        lines = []
-        for line in path.read_text().splitlines():
-            try:
-                event = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(event, dict) and {"event", "time"} <= event.keys():
-                lines.append(event)
+        try:
+            text = path.read_text(errors="replace")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        lines = [event for line in text.splitlines() if (event := _event(line)) is not None]
         if lines:
             jobs[path.stem.removeprefix(PREFIX)] = lines
     return dict(sorted(jobs.items(), key=lambda entry: entry[1][0]["time"]))
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str) or event["event"] not in _FIELDS:
+        return None
+    fields = {"time": (int, float), **_FIELDS[event["event"]]}
+    if not all(name in event and isinstance(event[name], kind) for name, kind in fields.items()):
+        return None
+    after = event.get("after", {})
+    sane = isinstance(after, dict) and all(isinstance(place, str) for place in after.values())
+    return event if sane and 0 <= event["time"] < _LATEST else None
 
 
 def begin(
@@ -128,21 +157,27 @@ def end(
     """Note an end and decide how it goes on.
 
     `code` is srun's, `reason` what the batch script found out, `log` the job's own. A stage that tells an error (codes
-    1 and 2) is not started again; one that was interrupted or crashed (killed by a signal, hung, a peer lost) is, while
-    it gets on.
+    1 and 2), or whose log does (out of memory, a device-side assert, a misused NCCL), is not started again; one that
+    was interrupted, crashed (killed by a signal, hung, a peer lost) or met a broken GPU is, while it gets on.
     """
     said = _said(log, job.start)
-    code = _first_fault(said, code)
-    again = (code == 0 and not now.finished) or code == REQUEUE or code > _KILLED or reason == "node failure"
+    code = _first_exit(said, code)
+    fault = first_fault(said) if code and reason not in (*OVER, "node failure") else None
+    if fault and fault.kind == "node fault":
+        reason = _NODE_FAULT
+    again = (code == 0 and not now.finished) or code == REQUEUE or code > _KILLED
+    again = reason in ("node failure", _NODE_FAULT) or (again and not (fault and fault.kind == "error"))
     if code and not again and reason not in OVER:
         reason = "error"
     elif code and not reason:
         reason = "crash"
     elif not code and not reason and stage in TRAINING and not now.finished:
         reason = "signal"  # to the step alone, which saved and ended well
-    complaint = _complaint(said) if code and reason not in OVER else ""
+    complaint = _complaint(said, fault) if code and reason not in OVER else ""
     note(folder, job.id, "end", start=job.start, code=code, reason=reason, done=now.done, said=complaint)
     how = f"ended with {code}{f' ({reason})' if reason else ''}: {now} done"
+    if fault and reason == _NODE_FAULT:
+        how += f"; {_whose(fault, job)}"
     if reason in OVER or not again or not reason:
         return Verdict(how)
     if job.start > most_starts:
@@ -154,24 +189,37 @@ def end(
     return Verdict(f"{how}; requeued", REQUEUE)
 
 
+def _whose(fault: Fault, job: Job) -> str:
+    """Which node, and which GPU of it, has failed, and how to keep a job off it."""
+    if not fault.node:
+        return f"one of {job.nodes}: {printable(fault.words)[:200]}"
+    gpu = f", GPU {fault.gpu}" if fault.gpu else ""
+    return (
+        f"{fault.node}{gpu}: {printable(fault.words)[:200]}; to keep off it: "
+        f"scontrol update JobId={job.id} ExcNodeList={fault.node}, or submit with --exclude={fault.node}"
+    )
+
+
 def _said(log: Path | None, start: int) -> list[str]:
     """The lines of this start in a job's log."""
     if log is None or not log.exists():
         return []
     lines = log.read_text(errors="replace").splitlines()
-    began = [number for number, line in enumerate(lines) if f", start {start}: " in line]
+    own = re.compile(rf"\[[^]]*\] job \S+, start {start}: ")
+    began = [number for number, line in enumerate(lines) if own.match(line)]
     return lines[began[0] :] if began else lines
 
 
-def _first_fault(said: list[str], code: int) -> int:
-    """The code of a task that told an error, where srun's own is of those that it killed for that."""
-    found = [re.search(r"^srun: error: .*: Exited with exit code ([12])$", line) for line in said]
+def _first_exit(said: list[str], code: int) -> int:
+    """The code of the first task that ended, where srun's own is of those that it killed or that missed that one."""
+    found = [re.match(r"srun: error: \S+: tasks? \S+: Exited with exit code (\d+)$", line) for line in said]
     told = [int(match[1]) for match in found if match]
-    return told[0] if told and code > _KILLED else code
+    return told[0] if told and told[0] in (1, 2) and (code > _KILLED or code == REQUEUE) else code
 
 
-def _complaint(said: list[str]) -> str:
-    """The last line in which a stage says what is wrong, or else the last of all but SLURM's."""
+def _complaint(said: list[str], fault: Fault | None) -> str:
+    """The last line in which a stage says what is wrong, or the fault's, or the last of all but SLURM's."""
     told = [line for line in said if line.startswith("dist-train ")]
     others = [line for line in said if line.strip() and not line.startswith(("srun:", "slurmstepd", "["))]
-    return (told or others or [""])[-1][:500]
+    line = fault.words if fault and not told else (told or others or [""])[-1]
+    return printable(line)[:500]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_train.config.read import read_yaml
-from dist_train.errors import UserError
+from dist_train.errors import UserError, printable
 from dist_train.runtime.run_folder import CONFIG, read_metrics
 from dist_train.slurm import journal
 from dist_train.slurm.standing import STAGES, TRAINING, Standing, standing
@@ -31,7 +31,7 @@ def status(folder: Path) -> list[str]:
     lines[0] += ", finished" if now.finished else ""
     for job, events in jobs.items():
         lines += _job(job, events, last=job == list(jobs)[-1])
-    return lines
+    return [printable(line) for line in lines]
 
 
 def _stage(folder: Path, jobs: dict[str, list[dict[str, Any]]]) -> str | None:
@@ -108,20 +108,20 @@ def _job(job: str, events: list[dict[str, Any]], *, last: bool) -> list[str]:
     return lines
 
 
-def _why_not(events: list[dict[str, Any]]) -> list[str]:
-    """Of a job that did not start: what became of those that it waits for."""
+def _why_not(events: list[dict[str, Any]], seen: frozenset[tuple[str, str]] = frozenset()) -> list[str]:
+    """Of a job that did not start: what became of those that it waits for; `seen` are those that are asked already."""
     after: dict[str, str] = next((event["after"] for event in events if event.get("after")), {})
-    return [line for other, place in after.items() for line in _before(other, Path(place))]
+    return [line for other in after.items() if other not in seen for line in _before(*other, seen | {other})]
 
 
-def _before(job: str, folder: Path) -> list[str]:
+def _before(job: str, folder: str, seen: frozenset[tuple[str, str]]) -> list[str]:
     """Of a job that another waits for: why it, or what it waits for itself, did not end well."""
-    for name, events in journal.read(folder).items():
+    for name, events in journal.read(Path(folder)).items():
         if name.split("_")[0] != job:
             continue
         lines = [event for event in events if event["event"] in ("start", "end", "gave up")]
         if not lines:
-            if found := _why_not(events):
+            if found := _why_not(events, seen):
                 return found
         elif lines[-1]["event"] == "gave up":
             return [f"job {job} ({folder}), on which it depends, was given up: no progress"]

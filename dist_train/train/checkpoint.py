@@ -176,7 +176,10 @@ class Checkpoints:
     ) -> dict[str, dict[str, Any]]:
         """Write this rank's files; size and checksum of each, and on rank 0 of those that describe the model."""
         for path, tensors in files.items():
+            path.touch()
+            mode = path.stat().st_mode  # the umask's; safetensors' own is 0600, whatever that says
             save_file(tensors, path, metadata={"format": "pt"})
+            path.chmod(mode)
         records = {}
         for path in [*files, *(describe() if self.runtime.is_first else [])]:
             with path.open("rb") as file:

@@ -83,11 +83,3 @@ class Watchdog:
                 )
                 faulthandler.dump_traceback(all_threads=True)
                 os._exit(HUNG)
-
-
-def lost_peer(error: RuntimeError) -> bool:
-    """Whether an error of a collective says that another rank is gone."""
-    text = str(error)
-    return any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL", "Broken pipe")
-    )

@@ -40,25 +40,30 @@ class Lease:
     @property
     def lost(self) -> bool:
         """Whether another process has taken it; looks at the disk at most once a second."""
-        if time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS:
+        if not self._lost and time.monotonic() - self._looked > _SECONDS_BETWEEN_LOOKS:
             self._looked = time.monotonic()
-            self._lost = self._read().get("id") != self._id
+            self._lost = self._is_anothers(self._read())
         return self._lost
 
     def check(self) -> None:
         """Raise UserError when another process has taken it."""
         held = self._read()
-        if held.get("id") != self._id:
+        if self._is_anothers(held):
             raise UserError(self.complaint(held))
 
     def complaint(self, held: dict[str, Any] | None = None) -> str:
         """What to say when it is lost."""
         held = held or self._read()
         job = f"job {held.get('job')}, start {held.get('start')}, " if held.get("job") else ""
-        who = f"{job}process {held.get('pid')} on {held.get('host')}" if held else "nobody: lease.json is gone"
+        who = f"{job}process {held['pid']} on {held['host']}" if "pid" in held else "another process"
         return f"{self.path.parent}: now written by {who}; this process ends without writing more"
 
+    def _is_anothers(self, held: dict[str, Any]) -> bool:
+        """Only an id that was read tells that: a look that fails (ESTALE, EIO, a file server's bad moment) does not."""
+        return held.get("id", self._id) != self._id
+
     def _read(self) -> dict[str, Any]:
+        """Who holds it; empty where the look failed."""
         try:
             return read_json(self.path)
         except DataError:

@@ -19,18 +19,18 @@ from dist_train.models.pairing import check_drafter
 from dist_train.models.sizes import num_parameters, parameters
 from dist_train.models.target import Target
 from dist_train.models.target_tokenizer import load_target_tokenizer, named_tokenizer
+from dist_train.runtime.faults import fault_kind
 from dist_train.runtime.process_group import Runtime, set_seed, started
 from dist_train.runtime.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
 from dist_train.tokenizer import Tokenizer
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.engine import build_engine, deepspeed_config, own_clipping, zero_stage
-from dist_train.train.guard import lost_peer
 from dist_train.train.held_out import HeldOut
 from dist_train.train.lease import Lease
 from dist_train.train.left_out import LossGuard, StepControl
 from dist_train.train.loop import Training
 from dist_train.train.metrics import Metrics, rank_log_file
-from dist_train.train.objective import Objective
+from dist_train.train.objective import Objective, compiles
 from dist_train.train.on_policy import OnPolicy
 from dist_train.train.state import DrafterState
 from dist_train.train.timing import Phases, throughput
@@ -75,7 +75,7 @@ def run(config: TrainConfig) -> None:
         try:
             _train(config, runtime)
         except RuntimeError as error:
-            if not lost_peer(error):
+            if fault_kind(str(error)) != "lost peer":
                 raise
             raise LostPeerError(
                 f"rank {runtime.rank}: another rank is gone (killed, out of memory, or a lost node; see "
@@ -174,7 +174,8 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
         attention=config.drafter.attention,
     )
     engine = build_engine(drafter, config.train, runtime)
-    objective = Objective(config.objective, config.loss, target)
+    compile = compiles(config.loss.compile, _logits(config, model.config.vocab_size, runtime), runtime.device)
+    objective = Objective(config.objective, config.loss, target, compile)
     work = throughput(config, model, target, runtime)
     return Training(
         config=config,
@@ -187,7 +188,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
         loader=_loader(config, runtime.rank, runtime.world_size),
         objective=objective,
         tokenizer=tokenizer.sha256,
-        on_policy=OnPolicy(config.on_policy, config.run.seed) if config.on_policy.share else None,
+        on_policy=OnPolicy(config.on_policy, config.run.seed, runtime.gather) if config.on_policy.share else None,
         held_out=HeldOut(config, runtime, objective) if config.held_out else None,
         guard=LossGuard(config.train.max_skipped, skip_spikes=config.train.skip_spikes, device=runtime.device),
         checkpoints=Checkpoints(config.run.dir, config.checkpoint, runtime, lease),
@@ -207,6 +208,12 @@ def _loader(config: TrainConfig, rank: int, world_size: int) -> TokenLoader:
         world_size=world_size,
         separate_documents=config.data.separate_documents,
     )
+
+
+def _logits(config: TrainConfig, vocab_size: int, runtime: Runtime) -> float:
+    """How many of the drafter's a rank goes through in the whole run, masked positions included."""
+    tokens = config.train.steps * config.train.global_batch * config.data.sequence_length
+    return tokens * vocab_size / runtime.world_size
 
 
 def _shape(config: TrainConfig, tokenizer: Tokenizer) -> Any:
@@ -247,7 +254,8 @@ def _introduce(training: Training, resumed: bool) -> None:
         f"{_name(config)}: drafter of {num_parameters(model) / 1e6:.2f}M parameters, "
         f"objective {', '.join(f'{weight:g} {loss}' for loss, weight in config.objective.items())}, "
         f"{runtime.world_size} rank{'s' if runtime.world_size > 1 else ''} on {runtime.device.type}, "
-        f"{config.train.deepspeed}, {config.train.precision}; "
+        f"{config.train.deepspeed}, {config.train.precision}, "
+        f"loss {'compiled' if training.objective.compile else 'eager'}; "
         + (f"resuming at step {training.step}" if resumed else f"{config.train.steps} steps")
         + f" of {config.train.global_batch} x {config.data.sequence_length} tokens",
         flush=True,

@@ -1,12 +1,15 @@
 """Time and peak memory of the losses, forward and backward, against what one would write or install instead.
 
+    python tests/benchmarks/losses.py --vocab 49152 --drafter-hidden 128 --target-hidden 576
     python tests/benchmarks/losses.py --rows 1024 4096 16384 --vocab 32000 152064
 
-Every measurement is a process of its own: hidden states and both heads are made, the loss is taken and differentiated
-to the drafter's hidden states and head weight. Memory is what the first call of this size adds to the level before it
-(a small one, and with torch.compile one of this size, went before): the rise of peak RSS on a CPU, the allocator's peak
-on CUDA. Time is the least of the calls after the first: what else a machine does only adds. Prints a Markdown table;
-"no room" where memory did not suffice, "-" where a peer has no such loss.
+Hidden states and both heads are made, the loss is taken and differentiated to the drafter's hidden states and head
+weight: ours as it is compiled, ours eager, dense torch, the same under torch.compile, and libraries. Memory is taken in
+a process of its own for each: what the first call of this size adds to the level before it (a small one, and where
+something is compiled one of this size, went before): the rise of peak RSS on a CPU, the allocator's peak on CUDA. Times
+are taken in one process, in turns, and the least of all turns counts: what else a machine does only adds. `first` is
+the first call, which compiles; TORCHINDUCTOR_CACHE_DIR keeps what it makes, so name an empty folder to see all of it.
+Prints a Markdown table; "no room" where memory did not suffice, "-" where a peer has no such loss.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,10 +69,15 @@ class Inputs:
 # -- the implementations ----------------------------------------------------------------------------------------
 
 
-def ours(name: str, x: Inputs) -> Tensor:
-    """The chunked head."""
+def fused(name: str, x: Inputs) -> Tensor:
+    """The chunked head, compiled."""
+    return eager(name, x, compile=True)
+
+
+def eager(name: str, x: Inputs, compile: bool = False) -> Tensor:
+    """The chunked head, operator by operator."""
     target = (None, None) if name == "ce" else (x.target_hidden, x.target_weight)
-    return linear_divergence(name, x.hidden, x.weight, *target, labels=x.labels).loss
+    return linear_divergence(name, x.hidden, x.weight, *target, labels=x.labels, compile=compile).loss
 
 
 def both_logits(x: Inputs) -> tuple[Tensor, Tensor]:
@@ -139,42 +148,68 @@ def liger_triton(name: str, x: Inputs) -> Tensor | None:
 
 
 PATHS: dict[str, Callable[[str, Inputs], Tensor | None]] = {
-    "ours": ours,
+    "fused": fused,
+    "eager": eager,
     "dense": dense,
     "compiled": torch.compile(dense),
     "trl": trl,
     "liger": liger,
     "liger-triton": liger_triton,
 }
-PATHS_OF = {"cpu": ("dense", "compiled", "trl", "liger"), "cuda": tuple(path for path in PATHS if path != "ours")}
+COMPILING = ("fused", "compiled")
+PEERS_OF = {
+    "cpu": ("eager", "dense", "compiled", "trl", "liger"),
+    "cuda": tuple(path for path in PATHS if path != "fused"),
+}
 
 
-# -- one measurement, in its own process ------------------------------------------------------------------------
+# -- measurements, in processes of their own ---------------------------------------------------------------------
 
 
-def measure(case: Case) -> dict[str, float | str | None]:
-    """Seconds and MiB of one case; both None where the peer has no such loss."""
+def memory(case: Case) -> float | str | None:
+    """MiB that one call adds; None where the peer has no such loss."""
     x = make_inputs(case)
     if case.device == "cpu":
         allow_no_more_than_there_is()
     try:
         run(case, make_inputs(replace(case, rows=64, vocab=512)))  # the libraries' own code and buffers
-        if case.path == "compiled" and run(case, x) is not None:
+        if case.path in COMPILING and run(case, x) is not None:
             free_what_can_be_freed(case)
         level = memory_before(case)
-        if run(case, x) is None:
-            return {"seconds": None, "mib": None}
-        rise = (peak_memory(case) - level) / MIB
-        times = []
-        for _ in range(case.repeats):
-            started = time.perf_counter()
-            run(case, x)
-            times.append(time.perf_counter() - started)
-    except (RuntimeError, MemoryError) as error:  # CUDA's out-of-memory error is a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
-            raise
-        return {"seconds": NO_ROOM, "mib": NO_ROOM}
-    return {"seconds": min(times), "mib": rise}
+        return None if run(case, x) is None else (peak_memory(case) - level) / MIB
+    except (RuntimeError, MemoryError) as error:
+        return no_room(error)
+
+
+def times(cases: list[Case]) -> list[tuple[float | str | None, float | str | None]]:
+    """Seconds of each case, of its first call and the least of the others, which take turns."""
+    x = make_inputs(cases[0])
+    if cases[0].device == "cpu":
+        allow_no_more_than_there_is()
+    first: list[float | str | None] = [seconds(case, x) for case in cases]
+    least = list(first)
+    for turn in range(cases[0].repeats):
+        for i, case in enumerate(cases):
+            if isinstance(first[i], float):
+                found = seconds(case, x)
+                least[i] = found if turn == 0 or not isinstance(found, float) else min(found, float(least[i] or 0))
+    return list(zip(first, least, strict=True))
+
+
+def seconds(case: Case, x: Inputs) -> float | str | None:
+    """Of one call; None where the peer has no such loss."""
+    started = time.perf_counter()
+    try:
+        return None if run(case, x) is None else time.perf_counter() - started
+    except (RuntimeError, MemoryError) as error:
+        return no_room(error)
+
+
+def no_room(error: Exception) -> str:
+    """What is shown where memory did not suffice. Raises any other error."""
+    if isinstance(error, RuntimeError) and "memory" not in str(error):  # CUDA's out-of-memory error is a RuntimeError
+        raise error
+    return NO_ROOM
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -245,14 +280,14 @@ def peak_memory(case: Case) -> int:
 # -- all of them ------------------------------------------------------------------------------------------------
 
 
-def measured_apart(case: Case) -> dict[str, float | str | None]:
-    """`measure` in a fresh process."""
-    command = [sys.executable, __file__, "--one", json.dumps(asdict(case))]
+def apart(cases: list[Case], option: str) -> Any:
+    """`memory` of a case or `times` of several, in a fresh process; None where that failed."""
+    command = [sys.executable, __file__, option, json.dumps([asdict(case) for case in cases])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:  # ended by the kernel
-        return {"seconds": NO_ROOM, "mib": NO_ROOM}
+        return NO_ROOM
     if done.returncode > 0:
-        return {"seconds": done.stderr.strip().splitlines()[-1][:60], "mib": "failed"}
+        return done.stderr.strip().splitlines()[-1][:60]
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -272,35 +307,43 @@ def main() -> None:
     """Reads the sizes, prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", default=list(NAMES), choices=NAMES)
-    parser.add_argument("--paths", nargs="+", choices=[path for path in PATHS if path != "ours"])
+    parser.add_argument("--paths", nargs="+", choices=[path for path in PATHS if path != "fused"])
     parser.add_argument("--rows", nargs="+", type=int, default=[4096])
     parser.add_argument("--vocab", nargs="+", type=int, default=[32_000])
     parser.add_argument("--drafter-hidden", type=int, default=1024)
     parser.add_argument("--target-hidden", type=int, default=4096)
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
-    parser.add_argument("--device", choices=PATHS_OF, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=PEERS_OF, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--memory", help=argparse.SUPPRESS)
+    parser.add_argument("--times", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        print(json.dumps(measure(Case(**json.loads(arguments.one)))))
+    if arguments.memory:
+        print(json.dumps(memory(Case(**json.loads(arguments.memory)[0]))))
+        return
+    if arguments.times:
+        print(json.dumps(times([Case(**case) for case in json.loads(arguments.times)])))
         return
 
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {machine}, {arguments.dtype}, drafter {arguments.drafter_hidden} wide, ", end="")
-    print(f"target {arguments.target_hidden} wide; ratios are ours over the peer's\n")
-    print("| N | V | loss | path | seconds | MiB | time ratio | memory ratio |\n|--|--|--|--|--|--|--|--|")
+    print(f"target {arguments.target_hidden} wide; ratios are of the compiled loss over each\n")
+    print("| N | V | loss | path | first | seconds | MiB | time ratio | memory ratio |\n|--|--|--|--|--|--|--|--|--|")
+    paths = ("fused", *(arguments.paths or PEERS_OF[arguments.device]))
     for vocab in arguments.vocab:
         for rows in arguments.rows:
             for name in arguments.names:
-                found = {}
-                for path in ("ours", *(arguments.paths or PATHS_OF[arguments.device])):
-                    sizes = (rows, vocab, arguments.drafter_hidden, arguments.target_hidden)
-                    case = Case(path, name, *sizes, arguments.dtype, arguments.device, arguments.repeats)
-                    seconds, mib = found[path] = tuple(measured_apart(case).values())
-                    ratios = [ratio(*pair) for pair in zip(found["ours"], found[path], strict=True)]
-                    cells = (rows, vocab, name, path, shown(seconds, ".2f"), shown(mib, ".0f"), *ratios)
-                    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+                sizes = (rows, vocab, arguments.drafter_hidden, arguments.target_hidden)
+                cases = [
+                    Case(path, name, *sizes, arguments.dtype, arguments.device, arguments.repeats) for path in paths
+                ]
+                found = apart(cases, "--times")
+                taken = found if isinstance(found, list) else [(found, found)] * len(cases)
+                held = [apart([case], "--memory") for case in cases]
+                for path, (first, least), mib in zip(paths, taken, held, strict=True):
+                    cells = (rows, vocab, name, path, shown(first, ".1f"), shown(least, ".2f"), shown(mib, ".0f"))
+                    ratios = (ratio(taken[0][1], least), ratio(held[0], mib))
+                    print(f"| {' | '.join(map(str, (*cells, *ratios)))} |", flush=True)
 
 
 if __name__ == "__main__":

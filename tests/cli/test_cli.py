@@ -148,11 +148,13 @@ def test_dry_run_refuses_what_the_stage_would(refused, tiny, tmp_path):
 
 def test_dry_run_of_generate_tells_the_memory(command, tiny, tmp_path):
     """Llama 7B in bf16: 6,738,415,616 parameters are 12.55 GiB; a token leaves 2 x 32 layers x 4096 numbers."""
+    from safetensors.torch import save_file
     from transformers import LlamaConfig
 
     from dist_train.tokenizer import load_tokenizer
 
     LlamaConfig().save_pretrained(tmp_path)  # transformers' defaults
+    save_file({}, tmp_path / "model.safetensors")  # weights are counted by the configuration
     load_tokenizer(tiny.tokenizer).save(tmp_path)
     seeds = tmp_path / "seeds.jsonl"
     seeds.write_text('{"prompt": "hi"}\n')
@@ -162,3 +164,8 @@ def test_dry_run_of_generate_tells_the_memory(command, tiny, tmp_path):
     # 32 x 1024 tokens and the prompt's few: 16 GiB
     assert 16 <= float(re.search(r"# key-value cache +(\S+) GiB", told)[1]) < 17
     assert "the server's" in command("generate", *asked, "engine.kind=openai", "engine.url=http://x")[1]
+
+
+def test_a_password_in_an_address_is_not_printed(command):
+    _, shown, told = command("prepare", "inputs=s3://me:secret@host/x.jsonl", "tokenizer=t", "out=o", "--dry-run")
+    assert "s3://***@host/x.jsonl" in shown and "secret" not in shown + told

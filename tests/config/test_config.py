@@ -85,3 +85,49 @@ def test_a_file_that_is_no_configuration_is_named(tmp_path, content, message):
 
 def test_the_configuration_knows_the_losses_there_are():
     assert LOSS_NAMES == NAMES
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("run: {dir: a}\nrun: {dir: b}\n", "key run is given twice"),
+        ("train: {steps: 3, steps: 4}\n", "key steps is given twice"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested more than 50 deep"),
+        ("a: " + "{a: " * 100 + "1" + "}" * 100, "nested more than 50 deep"),
+        ("a: &a [*a]\n", "nested more than 50 deep"),
+        ("".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 10) if i else 1}]\n" for i in range(9)), "values"),
+        ("a: 1\n b: [", "not YAML"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_one_line(refused, tmp_path, text, told):
+    (tmp_path / "x.yaml").write_text(text)
+    assert told in refused("pretrain", tmp_path / "x.yaml")
+
+
+def test_keys_of_a_merged_mapping_may_be_given_anew(tmp_path):
+    from dist_train.config.read import read_yaml
+
+    (tmp_path / "x.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\n")
+    assert read_yaml(tmp_path / "x.yaml")["b"] == {"x": 1, "y": 3}
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("12:00:00", "12:00:00"),
+        ("1:30", "1:30"),
+        ("0123", "0123"),
+        ("1_2", "1_2"),
+        ("2026-11-26", "2026-11-26"),
+        ("2026-13-45", "2026-13-45"),
+        ("7", 7),
+        ("-7", -7),
+        ("0.5", 0.5),
+        ("true", True),
+        ("null", None),
+    ],
+)
+def test_values_are_what_a_shell_shows(written, meant):
+    from dist_train.config.yaml_text import parse_yaml
+
+    assert parse_yaml(f"a: {written}")["a"] == meant

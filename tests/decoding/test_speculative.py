@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dist_train.decoding.speculative import _draw, speculative_generate, warp
+import dist_train.decoding.rows
+from dist_train.decoding import speculative
+from dist_train.decoding.rows import Rows
+from dist_train.decoding.sampling import Sampler, draw, warp
+from dist_train.decoding.speculative import speculative_generate
 
 EOS = 2
 
@@ -123,9 +130,9 @@ def exact_distribution(target, prompt, length, temperature, top_p):
 def reference_warp(logits, temperature, top_p):
     """Nucleus sampling from its definition (Holtzman et al., 2020), in plain Python."""
     p = torch.softmax(logits.double() / temperature, -1).tolist()
-    kept, total = [], 0.0
+    kept, total = set(), 0.0
     for token in sorted(range(len(p)), key=lambda i: -p[i]):
-        kept.append(token)
+        kept.add(token)
         total += p[token]
         if total >= top_p:
             break
@@ -133,11 +140,11 @@ def reference_warp(logits, temperature, top_p):
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "draft_greedily"),
-    [(1.0, 1.0, False), (0.7, 0.8, False), (1.0, 1.0, True), (0.9, 0.9, True)],
+    ("gamma", "temperature", "top_p", "draft_greedily"),
+    [(3, 1.0, 1.0, False), (3, 0.7, 0.8, False), (3, 1.0, 1.0, True), (3, 0.9, 0.9, True), (0, 0.9, 0.9, False)],
 )
 @torch.no_grad()
-def test_sampled_tokens_follow_the_target_for_every_row(temperature, top_p, draft_greedily):
+def test_sampled_tokens_follow_the_target_for_every_row(gamma, temperature, top_p, draft_greedily):
     """Chi-square over all continuations of three tokens, for rows of different lengths in one batch."""
     target, drafter = random_model(5, seed=3, width=16, layers=1), random_model(5, seed=4, width=16, layers=1)
     rows = [[1], [3, 4, 0, 1], [4, 4]]
@@ -146,7 +153,7 @@ def test_sampled_tokens_follow_the_target_for_every_row(temperature, top_p, draf
         drafter,
         target,
         rows * draws,
-        3,
+        gamma,
         temperature,
         top_p,
         max_new_tokens=3,
@@ -260,8 +267,86 @@ def test_other_families_decode_as_transformers_does(family, prompts):
     assert all(set(blocks) == {4} for blocks in found.blocks)  # it agrees with itself
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_host_reads_once_a_block(pair, prompts, temperature, monkeypatch):
+    """Rows come and go meanwhile. On a GPU each read waits for all that was asked of it."""
+    drafter, target = pair
+    monkeypatch.setattr(speculative, "Sampler", partial(Sampler, waits=False))
+    read = Counter()
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name = function.overloadpacket.__name__
+            if name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique"):
+                read[name] += 1
+            return function(*args, **(kwargs or {}))
+
+    for name in ("tolist", "cpu", "numpy"):
+        whole = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda it, whole=whole, name=name: read.update([name]) or whole(it))
+    blocks = Counter()
+    commit = Rows.commit
+    monkeypatch.setattr(Rows, "commit", lambda *arguments: blocks.update(["all"]) or commit(*arguments))
+    with Reads():
+        speculative_generate(
+            drafter, target, prompts[:20], 3, temperature, 0.9, max_new_tokens=12, eos_ids=[EOS], batch_size=6
+        )
+    assert read == {"tolist": blocks["all"]}
+
+
+def test_on_a_gpu_passes_have_few_shapes(pair, prompts, monkeypatch):
+    """So that a kernel is compiled, or a graph recorded, once for each; what fills them up changes nothing."""
+    drafter, target = pair
+    options = {"max_new_tokens": 90, "eos_ids": [EOS], "batch_size": 20, "seed": 3}
+    expected = speculative_generate(drafter, target, prompts, 2, 0.9, 0.9, **options)
+    monkeypatch.setitem(dist_train.decoding.rows._STEPS, "cpu", (8, 128))
+    shapes = Counter()
+    hook = target.model.layers[0].self_attn.register_forward_pre_hook(
+        lambda _module, _arguments, given: (
+            shapes.update([tuple(given["attention_mask"].shape)]) if given["attention_mask"] is not None else None
+        ),
+        with_kwargs=True,
+    )
+    found = speculative_generate(drafter, target, prompts, 2, 0.9, 0.9, **options)
+    hook.remove()
+    assert found == expected
+    assert set(shapes) <= {(rows, 1, 3, 123) for rows in (8, 16, 20)}
+    assert sum(shapes.values()) > 50
+
+
+def test_grouped_heads_are_read_as_they_lie(prompts, monkeypatch):
+    """No copy of a key or value for each query head; and the model is left as it was."""
+    monkeypatch.setattr("transformers.integrations.sdpa_attention.repeat_kv", None)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    target = LlamaForCausalLM(LlamaConfig(vocab_size=61, num_key_value_heads=2, initializer_range=0.15, **sizes)).eval()
+    found = speculative_generate(target, target, prompts[:6], 3, 0.0, max_new_tokens=16, eos_ids=[EOS], batch_size=3)
+    monkeypatch.undo()
+    assert found.tokens == [assisted(target, prompt, 16)[0] for prompt in prompts[:6]]
+    assert target.config._attn_implementation == "sdpa"
+
+
 def test_rare_tokens_are_drawn_and_impossible_ones_never():
     """Inversion at the very ends of a row's chances."""
     weights = torch.tensor([[0.0, 1e-12, 0.0, 1.0, 0.0]] * 4, dtype=torch.float64)
     chances = torch.tensor([0.0, 0.9e-12, 1.1e-12, 1 - 2.0**-53], dtype=torch.float64)
-    assert _draw(weights, chances).tolist() == [1, 1, 3, 3]
+    assert draw(weights, chances).tolist() == [1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("vocab_size", [500, 20_000])
+def test_a_nucleus_of_any_size_is_the_definition_s_and_a_device_is_not_asked_about_it(vocab_size):
+    """Rows from certain to flat, in one batch; on a GPU the larger ones are found when all is done again."""
+    drawn = torch.randn(6, vocab_size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits = drawn * torch.tensor([40.0, 5.0, 3.0, 1.5, 0.5, 0.01])[:, None]
+    expected = torch.tensor([reference_warp(row, 1.0, 0.9) for row in logits], dtype=torch.float64)
+    sizes = (expected > 0).sum(-1)
+    assert sizes[0] == 1 and sizes[-1] > 0.85 * vocab_size
+    assert torch.allclose(warp(logits, 1.0, 0.9), expected, atol=1e-12, rtol=0)
+    sampler = Sampler(1.0, 0.9, logits.device, waits=False)
+    found = sampler(logits)
+    small = sizes <= 1024
+    assert torch.allclose(found[small], expected[small], atol=1e-12, rtol=0)
+    assert bool(sampler.incomplete) == (not small.all())
+    sampler.begin(whole=True)
+    assert torch.allclose(sampler(logits), expected, atol=1e-12, rtol=0)
+    assert not sampler.incomplete

@@ -282,6 +282,12 @@ def test_nobody_waits_for_answers_after_ctrl_c(tiny, tmp_path):
     assert (process.returncode, complaint) == (130, "dist-train evaluate: stopped\n")
 
 
+def test_a_password_in_the_address_is_neither_kept_nor_shown(tiny, refused, tmp_path):
+    complaint = refused(*words(tiny, tmp_path / "out"), "--server", "http://me:secret@127.0.0.1:9")
+    assert "***@127.0.0.1:9" in complaint and "secret" not in complaint
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_cannot_go_well_is_refused_before_the_server_is_asked(tiny, refused, tmp_path):
     (tmp_path / "file").touch()
     with serving() as (url, requests, _):

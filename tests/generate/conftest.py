@@ -19,6 +19,9 @@ class Alone:
 
     everywhere = agree
 
+    def first(self, value):
+        return value
+
     def barrier(self):
         pass
 

@@ -59,17 +59,17 @@ def test_what_is_said_beside_the_answers(tiny, undisturbed):
     assert "<svg" in page and "T = 0, greedy" in page and "T = 1, top-p 0.95" in page
     assert read_json(undisturbed / "_complete.json")["answers"] == 120
     origin = read_origin(undisturbed / "unit-000000.parquet")
-    assert origin["target"]["path"] == str(tiny.target) and origin["engine"] == "transformers, static batching"
+    assert origin["target"]["path"] == str(tiny.target) and origin["engine"] == "transformers"
 
 
 SLOW_RANK = """
 import os, sys, time
 from dist_train.generate import local
-answer = local.StaticBatches.answer
+answer = local.LocalEngine.answer
 def slow(self, *arguments):
     time.sleep(1.5 if os.environ["RANK"] == "1" else 0)
     return answer(self, *arguments)
-local.StaticBatches.answer = slow
+local.LocalEngine.answer = slow
 from dist_train.cli import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -197,16 +197,19 @@ def test_a_folder_does_not_get_answers_of_two_targets(tiny, here, tmp_path):
     assert not files(tmp_path / "never")
 
 
-def test_continuous_batching_gives_the_same_greedy_answers_and_repeats_itself(tiny, here, undisturbed, tmp_path):
-    options = ["engine.batching=continuous", "batch_size=12", "seeds.limit=12"]
-    for name in ("one", "two"):
-        code, _, complaint = here(*generation(tiny, tmp_path / name, *options))
-        assert code == 0, complaint
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    found = rows(tmp_path / "one")
-    expected = [row["response_ids"] for row in rows(undisturbed) if row["temperature"] == 0][:12]
-    assert [row["response_ids"] for row in found if row["temperature"] == 0] == expected
-    assert len({row["response"] for row in found if row["temperature"] == 1}) == 12
+def test_an_answer_depends_on_its_own_seed_alone(tiny, undisturbed):
+    """Not on the rows that are decoded at a time, nor on which other prompts are in its unit."""
+    from dist_train.generate.asks import Ask, Sampling
+    from dist_train.generate.local import LocalEngine
+
+    found = [row for row in rows(undisturbed) if row["temperature"] == 1][:12]
+    model = AutoModelForCausalLM.from_pretrained(tiny.target)
+    asks = [Ask([], row["prompt_ids"], row["request_seed"]) for row in found]
+    for count, some in ((1, slice(0, 12)), (5, slice(0, 12)), (12, slice(0, 12)), (2, slice(7, 10))):
+        answers = LocalEngine(model, [2], count).answer(asks[some], Sampling(1.0, 0.95, 24))
+        assert [answer.ids for answer in answers] == [row["response_ids"] for row in found[some]]
+        assert [answer.finish_reason for answer in answers] == [row["finish_reason"] for row in found[some]]
+    assert len({row["response"] for row in found}) == 12
 
 
 FULL_DISK = """

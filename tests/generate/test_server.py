@@ -214,3 +214,40 @@ def test_transformers_serve_gives_the_targets_own_answers(tiny, here, speaker, s
         assert row["reencoded"]
     assert len({row["response"] for row in found[12:]}) == 12
     assert read_origin(tmp_path / "out" / "unit-000000.parquet")["engine"] == "openai"
+
+
+KEY = "sk-the-secret"
+
+
+def test_a_key_goes_only_where_the_configuration_sends_it(tiny, here, fake_server, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    server, heads = fake_server(), []
+    heard = server.RequestHandlerClass.do_POST
+    monkeypatch.setattr(
+        server.RequestHandlerClass, "do_POST", lambda self: (heads.append(self.headers["Authorization"]), heard(self))
+    )
+    code, _, complaint = here(*asking(tiny, tmp_path / "none", server.url, "seeds.limit=2"))
+    assert (code, set(heads)) == (0, {None}), complaint
+    heads.clear()
+    code, _, _ = here(
+        *asking(tiny, tmp_path / "key", server.url, "seeds.limit=2", "engine.key_variable=OPENAI_API_KEY")
+    )
+    assert (code, set(heads)) == (0, {f"Bearer {KEY}"})
+    for path in (tmp_path / "key").iterdir():
+        assert KEY.encode() not in path.read_bytes()
+
+
+def test_secrets_are_neither_sent_in_the_clear_nor_shown(tiny, here, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    named = "engine.key_variable=OPENAI_API_KEY"
+    for url, more, message in (
+        ("http://node7:8000/v1", [named], "url http://node7:8000/v1: a key is not sent in the clear"),
+        ("http://127.0.0.1:9/v1", ["engine.key_variable=NO_SUCH_KEY"], "NO_SUCH_KEY is not set here"),
+        (f"http://me:{KEY}@127.0.0.1:9/v1", [], "url ***@127.0.0.1:9/v1: what stands before @ would be kept"),
+        (f"http://me:{KEY}/x@127.0.0.1:9/v1", [], "what stands before @ would be kept"),
+    ):
+        code, told, complaint = here(*asking(tiny, tmp_path / "out", url, *more))
+        assert (code, complaint.count("\n")) == (2, 1) and message in complaint
+        code, dry, _ = here(*asking(tiny, tmp_path / "out", url, *more), "--dry-run")
+        assert KEY not in told + complaint + dry
+    assert not list(tmp_path.rglob("*.*"))

@@ -62,6 +62,144 @@ def test_the_fault_of_a_rank_counts_and_not_what_srun_did_to_the_others(tmp_path
     assert (ended["code"], ended["reason"], ended["said"]) == (2, "error", "dist-train pretrain: lower it")
 
 
+# As PyTorch, CUDA, NCCL, the driver and SLURM write them.
+ECC = "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered"
+LAUNCH = "  what():  CUDA error: unspecified launch failure"
+XID = "[1234567.891011] NVRM: Xid (PCI:0000:3b:00): 79, pid=4242, GPU has fallen off the bus."
+NVLINK = "RuntimeError: CUDA error: uncorrectable NVLink error detected during the execution"
+IN_NCCL = "Cuda failure 719 'unspecified launch failure'"
+LOST = "[rank1]: torch.distributed.DistBackendError: NCCL error in: /pytorch/ProcessGroupNCCL.cpp:3690, remote process "
+LOST += "exited or there was a network error, NCCL version 2.27.5"
+REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+GPU_FULL = (
+    "[rank3]: torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.50 GiB. GPU 3 has a total capacity of"
+)
+USAGE = "ncclInvalidUsage: This usually reflects invalid usage of NCCL library."
+TWICE = "Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 3b000"
+ASSERT = "  what():  CUDA error: device-side assert triggered"
+HOST_FULL = "slurmstepd: error: Detected 1 oom_kill event in StepId=12.0. Some of the step tasks have been OOM Killed."
+FULL_IN_NCCL = "n2:4242:4300 [0] init.cc:1784 NCCL WARN Cuda failure 2 'out of memory'"
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "reason", "goes_on"),
+    [
+        ([ECC], 1, "node fault", True),
+        ([LAUNCH], 134, "node fault", True),
+        ([XID], 137, "node fault", True),
+        ([NVLINK], 1, "node fault", True),
+        (
+            [LOST, "ncclUnhandledCudaError: Call to CUDA function failed.", "Last error:", IN_NCCL],
+            1,
+            "node fault",
+            True,
+        ),
+        ([LOST, REMOTE, ECC], 75, "node fault", True),  # who told first is not who began
+        ([LOST, REMOTE], 75, "crash", True),
+        ([GPU_FULL], 137, "error", False),
+        ([LOST, USAGE, "Last error:", TWICE], 75, "error", False),
+        ([TWICE], 134, "error", False),
+        ([ASSERT], 134, "error", False),
+        ([HOST_FULL], 137, "error", False),
+        ([FULL_IN_NCCL], 75, "error", False),
+        # Told of by others: a prompt, a key, a server.
+        ([f"dist-train pretrain: unknown key {ECC}"], 2, "error", False),
+        ([f"prompt: {ECC}"], 137, "crash", True),
+        ([f"warning: {GPU_FULL}"], 137, "crash", True),
+    ],
+)
+def test_what_gpus_and_nccl_say_decides(tmp_path, said, code, reason, goes_on):
+    log = tmp_path / "log"
+    lines = ["[2026-11-26 01:00:00] job 12, start 1: started: submitted", *said]
+    log.write_text("\n".join([*lines, "srun: error: n2: task 1: Aborted", ""]))
+    journal.begin(tmp_path, "pretrain", job(1), AT[0])
+    verdict = journal.end(tmp_path, "pretrain", job(1), AT[10], code, "", log)
+    assert (verdict.code == journal.REQUEUE, journal.read(tmp_path)["12"][-1]["reason"]) == (goes_on, reason)
+    if reason == "node fault":
+        assert "n2" in verdict.said and "ExcNodeList=n2" in verdict.said and "--exclude=n2" in verdict.said
+
+
+def test_a_rank_names_its_node_and_its_gpu(tmp_path, command, monkeypatch):
+    """As the command line tells it, and the journal reads it."""
+    from dist_train.slurm import status
+
+    def broken(_):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be reported")
+
+    monkeypatch.setattr(status, "status", broken)
+    monkeypatch.setattr("dist_train.runtime.devices.current_gpu", lambda: "5")
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu17")
+    code, _, told = command("status", tmp_path)
+    assert code == 75 and told.count("\n") == 1
+    (tmp_path / "log").write_text(f"{told}srun: error: gpu09: task 0: Terminated\n")
+    journal.begin(tmp_path, "pretrain", job(1), AT[0])
+    verdict = journal.end(tmp_path, "pretrain", job(1), AT[10], 75, "", tmp_path / "log")
+    assert "gpu17, GPU 5: CUDA error: uncorrectable ECC error" in verdict.said and "ExcNodeList=gpu17" in verdict.said
+
+
+@pytest.mark.parametrize(
+    ("first", "code", "goes_on"), [(1, 75, False), (2, 143, False), (75, 75, True), (75, 143, True)]
+)
+def test_the_first_rank_that_ended_decides(tmp_path, first, code, goes_on):
+    """The others find that it is gone, and would go on."""
+    log = tmp_path / "log"
+    lines = [
+        f"srun: error: n2: task 1: Exited with exit code {first}",
+        "srun: error: n1: tasks 0,2: Exited with exit code",
+    ]
+    log.write_text(f"{lines[0]}\n{lines[1]} {75 if first != 75 else 1}\n")
+    journal.begin(tmp_path, "pretrain", job(1), AT[0])
+    verdict = journal.end(tmp_path, "pretrain", job(1), AT[10], code, "", log)
+    assert (verdict.code == journal.REQUEUE) == goes_on
+
+
+def test_texts_of_others_begin_no_line(command, tmp_path, monkeypatch):
+    """Not in what a command says, nor in what a status shows; and they do not command the terminal."""
+    said = "x\nsrun: error: Node failure on n1\n\x1b[2J\u202e"
+    code, _, told = command("pretrain", f"{said}=1")
+    assert code == 2 and told.count("\n") == 1 and "\x1b" not in told and "\u202e" not in told
+    assert r"\nsrun: error: Node failure" in told
+    monkeypatch.setenv("PATH", "/nowhere")
+    journal.begin(tmp_path, "pretrain", job(1), AT[0])
+    journal.note(tmp_path, "12", "end", start=1, code=2, reason="error", done=0, said=said)
+    (tmp_path / "checkpoints").mkdir()
+    _, shown, _ = command("status", tmp_path)
+    assert not [line for line in shown.splitlines() if line.startswith("srun")] and "\x1b" not in shown
+
+
+def test_passwords_in_addresses_are_not_shown(command):
+    code, _, told = command("pretrain", "data=s3://me:secret@host/shards", "tokenizer=hf://x@main/y")
+    assert code == 2 and "secret" not in told
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ['{"event": "start", "time": 1}', '{"event": "end", "time": 2}', '{"event": "gave up", "time": 3}'],
+        ['{"event": "submitted", "time": 1e300}', '{"event": "submitted", "time": NaN}'],
+        ['{"event": ["start"], "time": 1}', '{"event": "submitted", "time": 1, "after": [1]}'],
+        ['{"event": "submitted", "time": 1, "after": {"9": 7}}', "[" * 100_000],
+        ["\udcff{", '{"event": "submitted", "time": 1, "stage": {}}'],
+    ],
+)
+def test_a_journal_that_is_not_ours_or_torn_is_no_traceback(command, tmp_path, monkeypatch, lines):
+    monkeypatch.setenv("PATH", "/nowhere")
+    text = "\n".join(lines)
+    (tmp_path / "_slurm-12.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0}\n{"step": "x"}\n[1]\n{}\n')
+    code, shown, complaint = command("status", tmp_path)
+    assert (code, complaint) == (0, "") and "pretrain: step 1" in shown
+
+
+def test_jobs_that_wait_for_each_other_are_no_endless_search(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    one, two = tmp_path / "one", tmp_path / "two"
+    journal.note(one, "1", "submitted", stage="pretrain", after={"2": str(two), "1": str(one)})
+    journal.note(two, "2", "submitted", stage="pretrain", after={"1": str(one)})
+    code, shown, _ = command("status", one)
+    assert code == 0 and "job 1: 0 requeues" in shown
+
+
 def test_why_a_job_was_started_again(tmp_path):
     journal.begin(tmp_path, "pretrain", job(1), AT[0])
     journal.end(tmp_path, "pretrain", job(1), AT[10], 0, "time limit", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import urllib.request
 
@@ -29,6 +30,28 @@ def test_prepare_by_mpi_on_two_nodes_gives_the_bytes_of_one_process(slurm, tiny,
     assert "2 ranks" in log.read_text()
     for one in (tmp_path / "one").iterdir():
         assert (tmp_path / "two" / one.name).read_bytes() == one.read_bytes(), one.name
+
+
+def test_a_job_that_inherits_nothing_or_too_much_with_blanks_in_every_path(slurm, tiny, tmp_path):
+    """sbatch --export=NONE, from within another job whose memory was asked for otherwise."""
+    folder, out = tmp_path / "my own runs", tmp_path / "my own runs" / "the shards"
+    shutil.copytree(TEMPLATES, folder / "the templates")
+    root = TEMPLATES.parent
+    site = [f"export PATH={slurm.environment['PATH']!r} PYTHONPATH={str(root)!r} OMP_NUM_THREADS=1", "", "site=ours"]
+    (folder / "the templates" / "env.sh").write_text("\n".join([*site, f"DIST_TRAIN_PYTHON={sys.executable}\n"]))
+    outer = ("env", "SLURM_MEM_PER_CPU=100", "SLURM_MEM_PER_NODE=200", "sbatch", "--parsable", "--export=NONE")
+    asked = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        f"--output={folder}/a log-%j.log",
+        folder / "the templates/prepare.sbatch",
+    )
+    keys = [f"inputs={tiny.root / 'text.jsonl'}", f"tokenizer={tiny.tokenizer}", f"out={out}"]
+    job = slurm.run(*outer, *asked, *keys, cwd=folder).stdout.strip()
+    log = folder / f"a log-{job}.log"
+    assert slurm.wait(job, log)["JobState"] == "COMPLETED", log.read_text()
+    assert "2 ranks" in log.read_text()
+    assert [line["event"] for line in journal(out, job)] == ["start", "end"]
 
 
 def test_srun_without_its_mpi_is_an_error_that_names_the_mend(slurm, tiny, tmp_path):
@@ -87,7 +110,9 @@ def test_tensorboard_is_reached_as_its_log_says(slurm, tiny, tmp_path):
     log = tmp_path / f"tensorboard-{job}.log"
     try:
         slurm.until("it says where it is", lambda: log.exists() and "6006:" in log.read_text(), log)
-        node, port = log.read_text().split("6006:")[1].split()[0].split(":")
+        said = log.read_text().split("6006:")[1].split()
+        (node, port), way = said[0].split(":"), said[1:4]
+        assert node == "127.0.0.1" and way[0] == "-J"
 
         def runs():
             try:

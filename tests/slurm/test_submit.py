@@ -178,6 +178,23 @@ def test_what_is_asked_of_slurm_for_all_stages_is_checked_and_kept(command, refu
     assert ["--dependency=afterok:77:78" in line for line in options] == [True, False, False, False, True]
 
 
+def test_what_sbatch_takes_needs_no_quotes(command, stages, tmp_path, monkeypatch):
+    """slurm/README.md's own example, and numbers that are names."""
+    monkeypatch.setenv("PATH", "/nowhere")  # no SLURM
+    path = pipeline(tmp_path, {"generate": stages["generate"]})
+    slurm = f"slurm: {{time: 12:00:00, account: 0123, partition: 7, array: 3, env: {tmp_path / 'site.sh'}}}\n"
+    path.write_text(slurm + path.read_text()[path.read_text().index("stages:") :])
+    for more, option in (
+        ((), "--time=12:00:00"),
+        (("slurm.time=1-2:30",), "--time=1-2:30"),
+        (("slurm.time=90",), "--time=90"),
+    ):
+        code, told, complaint = command("submit", "pipeline", path, "--dry-run", *more)
+        assert code == 0, complaint
+        options = next(line for line in told.splitlines() if line.startswith("sbatch ")).split()
+        assert {option, "--account=0123", "--partition=7", "--array=3"} <= set(options)
+
+
 def test_dry_run_prints_the_script_and_submits_nothing(login_node, command, tiny, stages, tmp_path):
     before = known_jobs(login_node)
     keys = training(tiny, tmp_path / "run", steps=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -221,3 +222,39 @@ def test_a_flipped_token_id_ends_training_with_the_sample_whichever_rank_reads_i
         assert one.returncode == 2
         assert f"dist-train pretrain: rank {rank}: {tmp_path / 'corpus'}: its sample " in one.stderr
         assert "has the token id 32767, outside the vocabulary of 320" in one.stderr and "Traceback" not in one.stderr
+
+
+def test_every_file_of_a_run_follows_the_umask(tiny, cli, tmp_path):
+    """So that colleagues can verify, evaluate and export it, where the umask lets them."""
+    before = os.umask(0o007)
+    try:
+        cli(*distillation(tiny, tmp_path / "run", steps=1))
+    finally:
+        os.umask(before)
+    found = {path: path.stat().st_mode & 0o777 for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert [path for path in found if path.suffix == ".safetensors"]
+    assert {str(path): oct(mode) for path, mode in found.items() if mode != 0o660} == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+@pytest.mark.parametrize("closed", ["model/*.safetensors", "optimizer-*.safetensors", "manifest.json", "."])
+def test_what_may_not_be_read_is_one_line(command, run, tmp_path, closed):
+    """A colleague's `checkpoint verify` and `status`: neither a traceback nor a word of damage."""
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    words = (("checkpoint", "verify", run), ("status", run))
+    for word in words:
+        assert command(*word)[0] == 0  # and all that it imports is imported
+    for path in (run / "checkpoints" / "step-00000006").glob(closed) if closed != "." else [run]:
+        path.chmod(0)
+    os.seteuid(65534)
+    try:
+        told = [command(*word) for word in words]
+    finally:
+        os.seteuid(0)
+    if closed != ".":
+        assert told.pop()[0] == 0
+    for code, listed, complaint in told:
+        said = complaint or listed.splitlines()[-1]
+        assert code == (2 if complaint else 1) and complaint.count("\n") <= 1, complaint
+        assert "ermission denied" in said and "damaged" not in said

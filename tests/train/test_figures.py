@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import wraps
 
 import numpy as np
 import pytest
@@ -139,7 +140,8 @@ class TestOnPolicy:
             tokens[:, :-1], tokens[:, 1:], mask, positions, Documents.of_device(positions), int(mask.sum())
         )
         drafter = TrainableDrafter(AutoModelForCausalLM.from_pretrained(tiny.drafter, dtype=torch.float32))
-        return batch, OnPolicy(OnPolicySection(share=share, temperature=1e-4), seed=3).rewrite(drafter, batch, number)
+        section = OnPolicySection(share=share, temperature=1e-4)
+        return batch, OnPolicy(section, 3, lambda passes: [passes]).rewrite(drafter, batch, number)
 
     def test_responses_are_what_the_drafter_says_and_prompts_stay(self, tiny):
         """At a temperature of nearly 0 it says its likeliest token, given only its own document."""
@@ -164,8 +166,27 @@ class TestOnPolicy:
         assert self.written(0.5, tiny)[1].labels.equal(after.labels)
         assert not self.written(0.5, tiny, number=1)[1].labels.equal(after.labels)
 
+    def test_only_chosen_documents_go_through_the_drafter_from_their_first_response_on(self, tiny, monkeypatch):
+        from transformers import LlamaForCausalLM
+
+        shapes = []
+        whole = LlamaForCausalLM.forward
+
+        @wraps(whole)
+        def noted(model, **given):
+            shapes.append(tuple(given["input_ids"].shape))
+            return whole(model, **given)
+
+        monkeypatch.setattr(LlamaForCausalLM, "forward", noted)
+        before, after = self.written(0.5, tiny)
+        documents = 2 * int((after.labels != before.labels).any(1).sum())
+        # Four tokens of prompt at once; then the longer response, of 8 tokens, from the token before it on.
+        assert shapes == [(documents, 4), *[(documents, 1)] * 8]
+
     def test_a_run_with_it_trains_the_same_at_every_number_of_ranks(self, tiny, tmp_path):
-        options = ("on_policy={share: 0.5, every: 2}", "train.micro_batch=2")
-        for ranks in (1, 2):
-            run_by(ranks, *distillation(tiny, tmp_path / str(ranks), *options))
-        assert losses(tmp_path / "1") == pytest.approx(losses(tmp_path / "2"), rel=1e-4)
+        """With sharded weights, too, for which ranks take every pass together, also those with nothing to write."""
+        options = ("on_policy={share: 0.3, every: 2}", "train.micro_batch=2")
+        for name, ranks, stage in (("one", 1, "zero0"), ("two", 2, "zero0"), ("sharded", 2, "zero3")):
+            run_by(ranks, *distillation(tiny, tmp_path / name, *options, f"train.deepspeed={stage}"))
+        for name in ("two", "sharded"):
+            assert losses(tmp_path / name) == pytest.approx(losses(tmp_path / "one"), rel=1e-4)

@@ -86,6 +86,16 @@ def test_every_sharding_gives_the_same_losses(tiny, tmp_path, reference, option)
         assert torch.allclose(weight, weights(reference)[name], atol=1e-4), name
 
 
+def test_a_compiled_loss_gives_the_same_losses(tiny, command, tmp_path, reference):
+    """By each of two ranks, compiled in the first step; the run's first line says so."""
+    code, told, _ = command(*distillation(tiny, tmp_path / "run", "loss.compile=true"), "--nproc", 2)
+    assert code == 0
+    assert "loss compiled" in told
+    assert losses(tmp_path / "run") == pytest.approx(losses(reference), rel=1e-5)
+    for name, weight in weights(tmp_path / "run").items():
+        assert torch.allclose(weight, weights(reference)[name], atol=1e-4), name
+
+
 @pytest.fixture(scope="module")
 def beside_a_whole_target(tiny, tmp_path_factory):
     """Twenty losses of pretraining with the target in the loop, whole on each of two ranks."""

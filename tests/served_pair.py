@@ -1,0 +1,113 @@
+"""What tests against real servers share: a pair of models that both serve, what they are asked, what must come out."""
+
+from __future__ import annotations
+
+import os
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GAMMA, NEW_TOKENS, POSITIONS, END = 3, 40, 256, 2
+PROMPTS = [
+    "the model reads",
+    "a token and the drafter",
+    "what comes next",
+    "agrees or not before the target",
+    "guesses",
+    "reads a token, reads a token",
+    "before the drafter",
+    "not the model",
+    "next next next next next",
+    "and the target agrees or not and the drafter guesses what comes",
+    "target",
+    "or",
+]
+
+
+def named(variable: str) -> Path:
+    """The path in an environment variable that .ci/servers gives; without it the test is skipped."""
+    if not os.environ.get(variable):
+        pytest.skip(f"{variable} is not set: no such server here; .ci/servers sets it up")
+    return Path(os.environ[variable])
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Exported folders in fp32, their models, prompts as ids, and the target's greedy answers by transformers."""
+
+    target: Path
+    drafter: Path
+    target_model: Any
+    drafter_model: Any
+    prompts: list[list[int]]
+    greedy: list[list[int]]
+
+    def decode(self, answers, temperature=0.0, draft_greedily=True, seed=0):
+        """What our decoder makes of each prompt with the first token of its answer: tokens, and blocks of them.
+
+        A server's first token comes from the prefill, so that it drafts only from there on.
+        """
+        from dist_train.decoding.speculative import speculative_generate
+
+        begun = [[*prompt, answer[0]] for prompt, answer in zip(self.prompts, answers, strict=True)]
+        return speculative_generate(
+            self.drafter_model,
+            self.target_model,
+            begun,
+            GAMMA,
+            temperature,
+            max_new_tokens=NEW_TOKENS - 1,
+            eos_ids=[END],
+            seed=seed,
+            draft_greedily=draft_greedily,
+        )
+
+
+def counters(url):
+    """What the server's counters of speculative decoding say now."""
+    from dist_train.serving.vllm import parse_counters
+
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(f"{url}/metrics", timeout=60) as said:
+        return parse_counters(said.read().decode())
+
+
+def assert_same_distribution(pair, answers, temperature):
+    """The second tokens of `answers` to the first prompt, as often as the target's own probabilities say.
+
+    Chi-square over the tokens that are expected at least five times, and the others together.
+    """
+    import torch
+    from scipy.stats import chisquare
+
+    prompt = pair.prompts[0]
+    with torch.no_grad():
+        first = pair.target_model(torch.tensor([prompt])).logits[0, -1].double().div(temperature).softmax(-1)
+        vocabulary = torch.arange(len(first))[:, None]
+        begun = torch.cat([torch.tensor([prompt]).expand(len(first), -1), vocabulary], 1)
+        second = pair.target_model(begun).logits[:, -1].double().div(temperature).softmax(-1)
+    first[END] = 0  # an answer that ends has no second token
+    expected = first @ second / first.sum()
+    drawn = torch.bincount(torch.tensor([answer[1] for answer in answers if len(answer) > 1]), minlength=len(first))
+    expected = expected * drawn.sum()
+    often = expected >= 5
+    assert often.sum() >= 10
+    found = [*drawn[often].tolist(), int(drawn[~often].sum())]
+    assert chisquare(found, [*expected[often].tolist(), float(expected[~often].sum())]).pvalue > 1e-4
+
+
+def assert_same_efficiency(drafts, accepted, blocks):
+    """Tokens per call as counted, within four standard errors of those of our decoder, `blocks`, by prompt.
+
+    Both are means over the same prompts' answers, with other random numbers: their difference has twice the variance.
+    """
+    import numpy as np
+
+    sums, calls = np.array([sum(b) for b in blocks]), np.array([len(b) for b in blocks])
+    ours = sums.sum() / calls.sum()
+    error = np.sqrt(((sums - ours * calls) ** 2).sum()) / calls.sum()
+    served = 1 + accepted / drafts
+    assert abs(served - ours) < 4 * np.sqrt(2) * error, f"served {served:.3f}, offline {ours:.3f} +- {error:.3f}"
+    assert 4 * np.sqrt(2) * error < 0.35  # it would tell
