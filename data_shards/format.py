@@ -70,7 +70,7 @@ class Encoding:
         return stored if self.separator is None else {**stored, "separator": self.separator}
 
 
-class _Encoding(Form):
+class _Encoding(Form, extra="forbid"):
     tokenizer: str
     vocab_size: PositiveInt
     bos: bool

@@ -67,6 +67,11 @@ def pad_of_huggingface(folder):
     tokenizer.save_pretrained(folder)
 
 
+def length_is_a_mapping(folder):
+    (folder / "tokenizer.model").unlink()
+    change(folder, "tokenizer_config.json", model_max_length={"value": 5})
+
+
 def loaded(*line):
     """Only what needs the weights is refused."""
     return {"generate": line, "evaluate": line}
@@ -132,6 +137,15 @@ FOLDERS = {
         loaded("model.safetensors.index.json", "'../target/model.safetensors'"),
     ),
     "adapter": (adapter, read("an adapter of own/base", "merge")),
+    "index_names_nothing": (
+        partial(index, content='{"weight_map": {"lm_head.weight": "a\\u0000"}}'),
+        loaded("model.safetensors.index.json", "'a\\x00'"),
+    ),
+    "length_is_a_mapping": (
+        length_is_a_mapping,
+        dict.fromkeys(STAGES, ("tokenizer_config.json: model_max_length is {'value': 5}, no number",)),
+    ),
+    "no_such_rope": (config(rope_parameters={"rope_type": "{% for", "rope_theta": 1e4}), loaded("'{% for'")),
 }
 
 
