@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
+from model_folders import STAGES, commands
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
-STAGES = ("prepare", "generate", "evaluate", "check")
 
 
 def change(folder, file, **values):
@@ -154,21 +154,8 @@ def test_each_folder_serves_or_is_told_in_one_line(tiny, command, tmp_path, name
     alter, refusals = FOLDERS[name]
     folder = shutil.copytree(tiny.target, tmp_path / name)
     alter(folder)
-    answers = ["max_new_tokens=8", f"target.path={folder}"]
-    commands = {
-        "prepare": [f"inputs={tiny.chat_lines}", f"tokenizer={folder}", f"out={tmp_path / 'x'}", "format=chat"],
-        "generate": [*answers, f"seeds.inputs={tiny.chat_lines}", f"out={tmp_path / 'y'}", "--dry-run"],
-        "evaluate": [
-            *answers,
-            f"drafters={{a: {tiny.drafter}}}",
-            f"tasks=[{{name: chat, inputs: {tiny.chat_lines}}}]",
-            f"out={tmp_path / 'z'}",
-            "--dry-run",
-        ],
-        "check": ["--check", folder, f"drafter={tiny.drafter}"],
-    }
-    for stage, words in commands.items():
-        code, said, complaint = command("export" if stage == "check" else stage, *words)
+    for stage, words in commands(folder, tiny.drafter, tiny.chat_lines, tmp_path).items():
+        code, said, complaint = command(*words)
         expected = refusals.get(stage, 0)
         if isinstance(expected, int):
             assert code == expected, (stage, said, complaint)
