@@ -253,13 +253,10 @@ def large_blocks_returned() -> Iterator[None]:
 def load_tensor_parallel(section: TargetSection, runtime: Runtime) -> tuple[Any, Any]:
     """The target by transformers' own plan (`base_model_tp_plan`) over groups of `tp_size` neighbouring ranks.
 
-    Returns the model and this rank's process group. Raises UserError where the family has no plan, or the ranks, heads
-    or transformers' version do not allow it.
+    Returns the model and this rank's process group. Raises UserError where the family has no plan, or the ranks or
+    heads do not allow it.
     """
-    try:
-        from transformers.distributed.configuration_utils import DistributedConfig
-    except ImportError as error:
-        raise UserError("target.sharding=tp: this transformers has no DistributedConfig; take a newer one") from error
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     size = section.tp_size
     if runtime.world_size % size:

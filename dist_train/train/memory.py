@@ -60,8 +60,11 @@ def memory_estimate(
         "drafter weights": width * drafter / shard["weights"],
         "drafter gradients": width * drafter / shard["gradients"],
         "gradients on their way": width * bucket * buckets,
-        # AdamW's two moments in fp32, and beside them an fp32 copy of the weights, save for fp32 without ZeRO.
-        "optimizer": (12 if width == 2 or stage else 8) * drafter / shard["optimizer"],
+        # AdamW's two moments in fp32, and beside them an fp32 copy of the weights, save for fp32 without ZeRO;
+        # and the average of the weights, where one is kept.
+        "optimizer": ((12 if width == 2 or stage else 8) + (4 if config.train.ema_decay else 0))
+        * drafter
+        / shard["optimizer"],
     }
     target = config.target if needs_target(config.objective) else None
     rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), tokens)

@@ -70,6 +70,13 @@ def test_bad_input_is_raised_before_anything_starts(tmp_path):
         dt.load_config(dt.DistillConfig, None, ["train.leraning_rate=1"])
 
 
+def test_a_stage_takes_its_own_configuration_alone(tmp_path):
+    config = dt.PrepareConfig(inputs="/nowhere", tokenizer="/no", out=tmp_path)
+    for stage in (dt.generate, dt.distill):
+        with pytest.raises(TypeError, match=r"takes a (Generate|Distill)Config, not that of prepare"):
+            stage(config)
+
+
 def test_every_public_name_is_there():
     assert {name for name in dt.__all__ if not hasattr(dt, name)} == set()
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
