@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
 import random
 import shutil
+import zlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
@@ -152,6 +154,10 @@ def _file(records: list[dict[str, Any]], drawn: random.Random, folder: Path, for
         data = mutations.mutate_json(json.dumps(records).encode(), drawn)
     elif form == "txt":
         data = mutations.mutate_bytes("".join(f"{text}\n" for text in TEXTS).encode(), drawn)
+    elif form == "jsonl.gz":
+        cut = drawn.random() < 0.5
+        data = gzip.compress(lines if cut else mutations.mutate_lines(lines, drawn), mtime=0)
+        data = mutations.mutate_bytes(data, drawn) if cut else data
     else:
         data = mutations.mutate_lines(lines, drawn)
     path.write_bytes(data)
@@ -165,6 +171,8 @@ def count(path: Path, fields: Collection[str]) -> Counted | None:
     """
     data = path.read_bytes()
     try:
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
         if path.suffix == ".parquet":
             wanted = [name for name in fields if name in pq.read_schema(path).names]
             rows = pq.read_table(path, columns=wanted or None).to_pylist()  # what is not wanted may be damaged
@@ -173,7 +181,7 @@ def count(path: Path, fields: Collection[str]) -> Counted | None:
         else:
             lines = [line for line in data.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
             rows = [_parsed(line, path.suffix == ".txt") for line in lines]
-    except (ValueError, RecursionError, OSError, pa.ArrowException):
+    except (ValueError, RecursionError, OSError, EOFError, zlib.error, pa.ArrowException):
         return None
     usable = sum(
         isinstance(row, dict) and all(isinstance(row.get(name), str) and _encodes(row[name]) for name in fields)
@@ -213,7 +221,9 @@ def _prepared(path: Path, fields: Collection[str], skips: bool, out: Path, ended
 def _prepare(form: str, world: World, drawn: random.Random, folder: Path) -> Mutant:
     fields = ("text",) if form == "text" else ("prompt", "response")
     records = [dict.fromkeys(fields, text) | {"id": n} for n, text in enumerate(TEXTS)]
-    forms = ["jsonl", "parquet", "json", "txt"] if form == "text" else ["jsonl", "parquet", "json"]
+    forms = (
+        ["jsonl", "jsonl.gz", "parquet", "json", "txt"] if form == "text" else ["jsonl", "jsonl.gz", "parquet", "json"]
+    )
     path, out = _file(records, drawn, folder, forms), folder / "out"
     skips = drawn.random() < 0.4
     policy = ["faults.malformed=skip", "faults.encoding=skip", "faults.too_long=skip"] if skips else []
@@ -226,7 +236,7 @@ def _prepare(form: str, world: World, drawn: random.Random, folder: Path) -> Mut
 
 def _seeds(world: World, drawn: random.Random, folder: Path) -> Mutant:
     form = drawn.choice(list(SEEDS))
-    path = _file(SEEDS[form], drawn, folder, ["jsonl", "jsonl", "parquet", "json"])
+    path = _file(SEEDS[form], drawn, folder, ["jsonl", "jsonl", "jsonl.gz", "parquet", "json"])
     words = [f"target.path={world.target}", f"seeds.inputs={path}", f"seeds.format={form}", "max_new_tokens=8"]
     if drawn.random() < 0.3:
         words += ["seeds.faults={malformed: skip, encoding: skip, too_long: skip}"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 
@@ -49,8 +50,8 @@ def world(tiny, tmp_path_factory):
     training = [*arguments(tiny, root / "run", *tiny.data("corpus"), steps=2), "checkpoint.every=1"]
     run_by(1, "pretrain", *training)
     run_by(1, *generation(tiny, root / "answers", "seeds.limit=12", "max_new_tokens=8"))
-    for name in ("a", "b"):
-        run_by(1, "evaluate", *evaluate, f"out={root / name}")
+    run_by(1, "evaluate", *evaluate, f"out={root / 'a'}")
+    shutil.copytree(root / "a", root / "b")
     keep_journal(root / "run")
     words = {
         "prepare": [f"inputs={seeds}", "text_field=prompt", f"tokenizer={tiny.tokenizer}", f"out={root / 'out'}"],
@@ -78,6 +79,7 @@ def save_for_huggingface(tiny, folder):
     model.save_pretrained(folder, max_shard_size="30KB")
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.model").unlink(missing_ok=True)
+    (folder / "special_tokens_map.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     assert {"chat_template.jinja", "model.safetensors.index.json"} <= {path.name for path in folder.iterdir()}
 
 
