@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from data_shards.errors import DataError
 from dist_train.config import TargetSection
 from dist_train.config.read import read_yaml
 from dist_train.errors import UserError
@@ -20,7 +21,10 @@ def check_drafter(path: Path, name: str, vocab_size: int | None, tokenizer: Toke
 
     None: not known yet. Raises UserError where its vocabulary has another size, or its ids stand for other pieces.
     """
-    config = read_drafter_config(path)
+    try:
+        config = read_drafter_config(path)
+    except (UserError, DataError) as error:
+        raise UserError(f"{name}: {error}") from error
     if vocab_size is not None and config.vocab_size != vocab_size:
         raise UserError(f"{name}: {path}: a vocabulary of {config.vocab_size}, not the {vocab_size} of this run")
     if tokenizer is not None:

@@ -169,3 +169,8 @@ def test_each_folder_serves_or_is_told_in_one_line(tiny, command, tmp_path, name
 def test_a_file_of_a_tokenizer_is_not_the_tokenizer(tiny, refused, tmp_path, name):
     complaint = refused("prepare", f"inputs={tiny.chat_lines}", f"tokenizer={tiny.tokenizer / name}", f"out={tmp_path}")
     assert f"set tokenizer to its folder, {tiny.tokenizer}" in complaint
+
+
+def test_a_drafter_that_is_not_there_is_told_by_its_name(tiny, refused, tmp_path):
+    words = commands(tiny.target, "0x1F", tiny.chat_lines, tmp_path)["evaluate"]
+    assert "drafter a: 0x1F: no run, checkpoint or Hugging Face model here" in refused(*words)
