@@ -23,6 +23,7 @@ from dist_train.errors import UserError
 from dist_train.models.quantized import quantization_of, refuse_unloadable
 from dist_train.models.sizes import parameters
 from dist_train.models.weights import refuse_unreadable_weights, weight_files
+from dist_train.runtime.process_group import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -43,6 +44,7 @@ def read_config(path: str | Path, what: str, *, trust_remote_code: bool = False,
     from transformers import AutoConfig
 
     _refuse_adapter(path)
+    quiet_libraries()
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **where)
     except StrictDataclassError as error:
