@@ -50,6 +50,8 @@ def launch(config: Section, processes: int) -> int:
     """
     from dist_train.config import save_config
 
+    if processes < 1:
+        raise UserError(f"{processes} processes: at least 1")
     with tempfile.TemporaryDirectory(prefix="dist-train-") as folder:
         path = Path(folder) / "config.yaml"
         save_config(config, path)

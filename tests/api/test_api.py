@@ -66,6 +66,10 @@ def test_launch_starts_processes_of_its_own(tiny, tmp_path):
 def test_bad_input_is_raised_before_anything_starts(tmp_path):
     with pytest.raises(dt.DataError, match="no such input file"):
         dt.launch(dt.PrepareConfig(inputs="/nowhere", tokenizer="/no", out=tmp_path), processes=2)
+    with pytest.raises(dt.UserError, match="0 processes: at least 1"):
+        dt.launch(dt.PrepareConfig(inputs="/nowhere", tokenizer="/no", out=tmp_path), processes=0)
+    with pytest.raises(dt.UserError, match=r"nowhere.yaml: cannot be read"):
+        dt.load_config(dt.DistillConfig, "nowhere.yaml", ["train.steps=1"])
     with pytest.raises(dt.UserError, match=r"unknown key train.leraning_rate; did you mean train.learning_rate"):
         dt.load_config(dt.DistillConfig, None, ["train.leraning_rate=1"])
 
