@@ -41,11 +41,11 @@ class Work(NamedTuple):
 
 def check(config: GenerateConfig) -> None:
     """Raise UserError or DataError for what is wrong before ranks start."""
-    if config.engine.kind == "transformers":
-        check_target(config.target)
     generation = Generation(config)
     refuse_long(generation.prompts, config.max_new_tokens, config.target.path, generation.target, "seeds.max_tokens")
     refuse_other_plan(config.out, generation.plan)
+    if config.engine.kind == "transformers":
+        check_target(config.target)
 
 
 def run(config: GenerateConfig) -> None:

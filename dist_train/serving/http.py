@@ -26,6 +26,7 @@ LONGEST_ANSWER = 16 << 20
 """Bytes of one answer: more than a hundred a token for the longest contexts."""
 _DEEPEST_ANSWER = 50
 _FIRST_DELAY, _LONGEST_DELAY = 0.25, 30.0
+_STRANGE_TRIES = 4  # of a server that has never answered as an API does; a proxy before one may, while it restarts
 _LONGEST_CONNECT = 30.0  # to connect needs no model to think
 _BUSY = (408, 409, 425, 429)
 
@@ -87,6 +88,8 @@ class Client:
                 problem = f"{status} {_said(words)}"
             except (OSError, ValueError) as error:
                 problem = str(error) or type(error).__name__
+                if isinstance(error, ValueError) and tries == _STRANGE_TRIES and self._answered == -math.inf:
+                    raise StrangeAnswerError(f"{self.url}: {problem}") from error
             delay = max(wanted, min(_LONGEST_DELAY, _FIRST_DELAY * 2 ** min(tries - 1, 20)) * random.uniform(0.5, 1.0))
             spent = time.monotonic() - began
             if spent + delay > self._patience:
@@ -183,7 +186,7 @@ class Client:
         except ValueError:
             answer = None
         if not isinstance(answer, dict):
-            raise StrangeAnswerError(f"{self.url}: answers no JSON object but {words[:60]!r}; is it the API's address?")
+            raise ValueError(f"answers no JSON object but {words[:60]!r}; is it the API's address?")
         return answer
 
 

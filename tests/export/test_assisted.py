@@ -17,7 +17,7 @@ PROMPT = [1, 20, 30, 40]
 def test_it_runs_in_the_targets_precision(tiny, monkeypatch, precision, dtype):
     loaded = []
 
-    def load(section, **how):
+    def load(section, device=None, **how):
         loaded.append(assisted_load(section, **how))
         return loaded[-1]
 
@@ -53,7 +53,7 @@ def test_answers_may_part_where_the_target_is_undecided_and_nowhere_else(tiny, m
         def generate(self, ids, assistant_model=None, **_options):
             return torch.cat([ids, torch.tensor([[last if assistant_model else first]])], 1)
 
-    monkeypatch.setattr(assisted, "load_causal_lm", lambda section: Wrong())
+    monkeypatch.setattr(assisted, "load_causal_lm", lambda section, device: Wrong())
     target = TargetSection(path=str(tiny.target), precision="fp32")
     with pytest.raises(UserError, match="prompt 0 gets another greedy answer"):
         assisted.check_assisted_generation(tiny.drafter, target, [PROMPT], [2], 8)

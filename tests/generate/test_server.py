@@ -101,9 +101,9 @@ def test_a_server_that_cannot_be_used_is_told_in_one_line(tiny, here, fake_serve
 
 def test_a_server_that_is_gone_is_told_at_once_and_one_that_is_busy_now_and_then_is_not(fake_server, capsys, tiny):
     with pytest.raises(UserError, match="gave up after"):
-        Client("http://127.0.0.1:9/v1", None, timeout=5, patience=0.5).ask("GET", "/models")
+        Client("http://127.0.0.1:19/v1", None, timeout=5, patience=0.5).ask("GET", "/models")
     (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("http://127.0.0.1:9/v1: [Errno 111]") and line.endswith("asked again, for 0 s more")
+    assert line.startswith("http://127.0.0.1:19/v1: [Errno 111]") and line.endswith("asked again, for 0 s more")
     server = fake_server(stuck="the", stuck_by=503)
     client = Client(server.url, None, timeout=5, patience=0.5)
     client.ask("GET", "/models")
@@ -135,7 +135,12 @@ def test_a_folder_in_which_nothing_could_be_begun_takes_the_corrected_command(ti
     asked, loaded = (tmp_path / name for name in ("asked", "loaded"))
     for command, wrong, why, right in (
         (asking(tiny, asked, server.url), "engine.model=tinyy", "refused for model 'tinyy'", "engine.model=tiny"),
-        (generation(tiny, loaded), f"target.path={broken}", f"{broken}: ", f"target.path={tiny.target}"),
+        (
+            generation(tiny, loaded),
+            f"target.path={broken}",
+            f"{broken}/model.safetensors: ",
+            f"target.path={tiny.target}",
+        ),
     ):
         code, _, complaint = here(*command, "seeds.limit=4", wrong)
         assert code == 2 and why in complaint

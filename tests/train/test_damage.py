@@ -167,7 +167,7 @@ def test_what_cannot_work_is_told_before_the_start(tiny, refused, tmp_path):
 
 def test_a_deepspeed_file_of_ones_own_cannot_contradict_the_run(tmp_path):
     path = tmp_path / "own.json"
-    train = TrainSection(steps=1, global_batch=8, micro_batch=2, deepspeed=str(path))
+    train = TrainSection(steps=1, global_batch=8, micro_batch=2, precision="bf16", deepspeed=str(path))
     path.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
     filled = deepspeed_config(train, world_size=2)
     assert filled["train_micro_batch_size_per_gpu"] == filled["gradient_accumulation_steps"] == 2
