@@ -50,7 +50,7 @@ def trained(command, device):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_is_the_cpus(tiny, device, trained, one_step, tmp_path, stage):
-    """In fp32: loss and statistics within 1e-5, the norm within 1e-4, each weight within a tenth of its step of 5e-3."""
+    """In fp32: loss and statistics within 1e-5, the norm within 1e-4, weights within a tenth of their step of 5e-3."""
     trained(*distillation(tiny, tmp_path / "run", f"train.deepspeed={stage}", steps=1))
     (found,), (expected,) = figures(tmp_path / "run"), figures(one_step)
     for name in ("train/loss", "train/acceptance", "train/greedy_acceptance", "train/tvd", "train/target_entropy"):
