@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
@@ -73,14 +74,24 @@ def test_greedy_tokens_are_those_of_transformers_on_a_cpu(device, family, gamma)
 
 
 @pytest.mark.parametrize(("top_p", "draft_greedily"), [(0.9, False), (0.9, True), (1.0, False)])
-def test_sampled_tokens_are_the_cpus(device, top_p, draft_greedily):
-    """In fp64, where no rounding moves a draw; a flat distribution, of whose nucleus 1,024 tokens are not all."""
+def test_sampled_tokens_are_the_cpus(device, top_p, draft_greedily, monkeypatch):
+    """In fp64, where no rounding moves a draw; from flat distributions, of whose nucleus 1,024 tokens are not all."""
     drafter, target = (model.double() for model in pair_of("llama", vocab=4096, scale=0.02))
     prompts = prompts_of(12, 4096)
     options = {"max_new_tokens": 10, "batch_size": 5, "seed": 3, "draft_greedily": draft_greedily}
     expected = speculative_generate(drafter, target, prompts, 3, 0.9, top_p, **options)
+
+    looked, begin = Counter(), Sampler.begin
+
+    def counted(self, *, whole=False):
+        looked[whole] += 1
+        begin(self, whole=whole)
+
+    monkeypatch.setattr(Sampler, "begin", counted)
+    monkeypatch.setattr(speculative, "Sampler", partial(Sampler, waits=False))  # as a GPU's is by itself
     found = speculative_generate(drafter.to(device), target.to(device), prompts, 3, 0.9, top_p, **options)
     assert found == expected
+    assert (looked[True] > 0) == (top_p < 1)
 
 
 @pytest.mark.parametrize(("scale", "is_flat"), [(6.0, False), (0.5, True)])

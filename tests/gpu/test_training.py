@@ -159,8 +159,9 @@ def test_the_host_waits_once_a_step_and_late(tiny, device, trained, tmp_path, mo
     monkeypatch.setattr(Outcome, "read", counted_read)
     trained(*distillation(tiny, tmp_path / "run", option, f"train.deepspeed={stage}", "train.precision=bf16"))
     assert steps == [1, 2, 3, 4, 5, 6]
-    # Four steps; micro-batches from when two outcomes were read, which is a step late; six lines.
-    assert waiting.steps == 4 + 3 * 4 + 6
+    # Four steps; micro-batches from when two outcomes were read, which is a step late; the sequence that is stored with
+    # the checkpoint; six lines.
+    assert waiting.steps == 4 + 3 * 4 + 1 + 6
 
 
 def half_way(run, out):
