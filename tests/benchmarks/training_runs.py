@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ def prepared(folder: Path, tokens: int = 2_000_000) -> tuple[Path, Path]:
     train_tokenizer(texts[:2000], folder / "tokenizer", VOCABS["small"])
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     out = folder / "corpus"
-    main(["prepare", f"inputs={folder / 'text.jsonl'}", f"tokenizer={folder / 'tokenizer'}", f"out={out}"])
+    with redirect_stdout(sys.stderr):  # what is printed is a table
+        main(["prepare", f"inputs={folder / 'text.jsonl'}", f"tokenizer={folder / 'tokenizer'}", f"out={out}"])
     return folder / "tokenizer", out
 
 
