@@ -19,6 +19,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+DEVICE_VARIABLE = "DIST_TRAIN_TEST_DEVICE"
+"""cpu: tests marked gpu that take their device from the fixture `device` go through their steps on a CPU."""
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") is None:
+        return
+    import torch
+
+    is_twin = os.environ.get(DEVICE_VARIABLE) == "cpu" and "device" in item.fixturenames
+    if not torch.cuda.is_available() and not is_twin:
+        pytest.skip("no CUDA device here")
+
+
 WORDS = "the model reads a token and the drafter guesses what comes next before the target agrees or not".split()
 
 

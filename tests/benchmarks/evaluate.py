@@ -1,6 +1,7 @@
 """Prompts a second of an evaluation, batched, against evaluating one prompt at a time.
 
     python tests/benchmarks/evaluate.py demo 300m --threads 2
+    python tests/benchmarks/evaluate.py 300m --device cuda --dtype bf16
 
 Target and drafter are made here: the target is the drafter with more layers on top whose outputs are scaled down, so
 that the two agree as often as a trained pair does (`noise`). At demo scale sizes are those of the demo, with 300m the
@@ -34,6 +35,7 @@ from dist_train.decoding.speculative import speculative_generate
 from dist_train.evaluate.stage import BATCHES_A_UNIT
 from dist_train.models.kv_cache import as_argument
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Prompts = list[list[int]]
 Outcome = tuple[int, int]  # tokens and calls of the target, without each text's last block, which the limit cuts
 
@@ -121,7 +123,7 @@ def assisted(drafter: Any, target: Any, prompts: Prompts, gamma: int, limit: int
     hook = target.register_forward_pre_hook(note, with_kwargs=True)
     for prompt in prompts:
         read.clear()
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=target.device)
         target.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -148,11 +150,11 @@ def one_by_one(drafter: Any, target: Any, prompts: Prompts, gamma: int, limit: i
         for layer in cache.layers:
             if layer.is_initialized:
                 layer.cumulative_length.fill_(start)
-        positions = torch.arange(start, start + ids.shape[1])[None]
+        positions = torch.arange(start, start + ids.shape[1], device=ids.device)[None]
         return model(input_ids=ids, position_ids=positions, use_cache=True, **as_argument(cache, model)).logits
 
     for prompt in prompts:
-        text = torch.tensor([prompt])
+        text = torch.tensor([prompt], device=target.device)
         forward(0, text[:, :-1], 0)
         forward(1, text[:, :-1], 0)
         while text.shape[1] < len(prompt) + limit:
@@ -180,7 +182,7 @@ WAYS: dict[str, Callable[[Any, Any, Prompts, int, int], Outcome]] = {
 def measure(name: str, arguments: argparse.Namespace) -> None:
     """One scale: a table."""
     scale = SCALES[name]
-    drafter, target = make_pair(scale)
+    drafter, target = (model.to(arguments.device, DTYPES[arguments.dtype]) for model in make_pair(scale))
     prompts = make_prompts(scale["ours"], scale["vocab_size"])
     given = {way: prompts if way.startswith("ours") else prompts[: scale["peers"]] for way in WAYS}
     times: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -197,12 +199,17 @@ def measure(name: str, arguments: argparse.Namespace) -> None:
     tokens, calls = ours(drafter, target, prompts[: scale["peers"]], arguments.gamma, arguments.tokens)
     taus["ours, batch 32"] = tokens / calls
     sizes = " / ".join(f"{model.num_parameters() / 1e6:.1f}M" for model in (target, drafter))
-    print(f"\n{name}: {sizes} parameters, gamma {arguments.gamma}, {arguments.tokens} tokens a prompt, greedy, fp32\n")
-    print("| way | prompts/s | ours over it | block efficiency |\n|--|--|--|--|")
+    print(
+        f"\n{name}: {sizes} parameters, gamma {arguments.gamma}, {arguments.tokens} tokens a prompt, greedy, ", end=""
+    )
+    print(f"{arguments.dtype}\n")
+    print("| way | prompts/s | tokens/s | ours over it | block efficiency |\n|--|--|--|--|--|")
     mine = times["ours, batch 32"]
     for way, seconds in times.items():
         ratio = statistics.median(theirs / our for theirs, our in zip(seconds, mine, strict=True))
-        print(f"| {way} | {1 / statistics.median(seconds):.2f} | {ratio:.1f}x | {taus[way]:.3f} |", flush=True)
+        rate = 1 / statistics.median(seconds)
+        cells = (way, f"{rate:.2f}", f"{rate * arguments.tokens:.0f}", f"{ratio:.1f}x", f"{taus[way]:.3f}")
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -213,10 +220,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
-    print(f"torch {torch.__version__}, {arguments.threads} CPU threads")
+    on_gpu = torch.device(arguments.device).type == "cuda"
+    machine = torch.cuda.get_device_name() if on_gpu else f"{arguments.threads} CPU threads"
+    print(f"torch {torch.__version__}, {machine}")
     for name in arguments.scales:
         measure(name, arguments)
 

@@ -1,6 +1,7 @@
 """Tokens a second of the decoder of `dist-train generate` against transformers' `generate`, in the same process.
 
     python tests/benchmarks/generate.py --threads 2 [--model FOLDER_OR_GGUF] [--continuous]
+    python tests/benchmarks/generate.py --device cuda --dtype bf16 --layers 30
 
 Prompts of 8 to 96 random tokens, sampled answers of 100 to 400 tokens; how long each is, is drawn before, since what a
 model says is not to decide how much there is to do. Peers get the same prompts, lengths and sampling:
@@ -37,6 +38,7 @@ from transformers.utils import logging
 
 from dist_train.decoding.speculative import generate
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Prompts = list[list[int]]
 Way = Callable[[Any, Prompts, list[int], argparse.Namespace], int]
 
@@ -89,8 +91,8 @@ def static(model: Any, prompts: Prompts, lengths: list[int], arguments: argparse
         some, wanted = prompts[first : first + arguments.rows], lengths[first : first + arguments.rows]
         width = max(map(len, some))
         output = model.generate(
-            input_ids=torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in some]),
-            attention_mask=torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in some]),
+            input_ids=torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in some]).to(model.device),
+            attention_mask=torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in some]).to(model.device),
             max_new_tokens=max(wanted),
             eos_token_id=None,
             pad_token_id=0,
@@ -143,13 +145,16 @@ def main() -> None:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--continuous", action="store_true")
     parser.add_argument("--cpu-seconds", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     logging.set_verbosity_error()
     clock = time.process_time if arguments.cpu_seconds else time.perf_counter
-    model = load(arguments.model, arguments.layers)
+    model = load(arguments.model, arguments.layers).to(arguments.device, DTYPES[arguments.dtype])
+    machine = torch.cuda.get_device_name() if model.device.type == "cuda" else f"{arguments.threads} CPU threads"
     prompts, lengths = make_work(arguments.prompts, model.config.vocab_size)
     ways: dict[str, Way] = {"ours, rows kept full": ours, "transformers' generate, static batches": static}
     if arguments.continuous:
@@ -164,10 +169,10 @@ def main() -> None:
             times[way].append(clock() - began)
     unit = "CPU second" if arguments.cpu_seconds else "s"
     print(
-        f"torch {torch.__version__}, {arguments.threads} CPU threads, {model.num_parameters() / 1e6:.0f}M parameters, "
+        f"torch {torch.__version__}, {machine}, {model.num_parameters() / 1e6:.0f}M parameters, "
         f"vocabulary {model.config.vocab_size:,}; {len(prompts)} prompts, answers of {min(lengths)} to {max(lengths)} "
-        f"tokens, {arguments.rows} at a time, T {arguments.temperature:g}, top-p {arguments.top_p:g}, fp32, "
-        f"{arguments.rounds} rounds\n"
+        f"tokens, {arguments.rows} at a time, T {arguments.temperature:g}, top-p {arguments.top_p:g}, "
+        f"{arguments.dtype}, {arguments.rounds} rounds\n"
     )
     print(f"| way | tokens/{unit} | ours over it |\n|--|--|--|")
     mine = times["ours, rows kept full"]

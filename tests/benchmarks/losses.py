@@ -9,7 +9,8 @@ a process of its own for each: what the first call of this size adds to the leve
 something is compiled one of this size, went before): the rise of peak RSS on a CPU, the allocator's peak on CUDA. Times
 are taken in one process, in turns, and the least of all turns counts: what else a machine does only adds. `first` is
 the first call, which compiles; TORCHINDUCTOR_CACHE_DIR keeps what it makes, so name an empty folder to see all of it.
-Prints a Markdown table; "no room" where memory did not suffice, "-" where a peer has no such loss.
+Prints a Markdown table; "no room" where memory did not suffice, "-" where a peer has no such loss, "not installed"
+where its package is missing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from dist_train.losses import NAMES, linear_divergence
 
 MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-NO_ROOM = "no room"
+NO_ROOM, NOT_THERE = "no room", "not installed"
 # Generalised JSD's beta of the public implementations, whose ends are the two KL divergences.
 JSD_BETA = {"kld": 0.0, "rkl": 1.0, "jsd": 0.5}
 
@@ -177,6 +178,8 @@ def memory(case: Case) -> float | str | None:
             free_what_can_be_freed(case)
         level = memory_before(case)
         return None if run(case, x) is None else (peak_memory(case) - level) / MIB
+    except ImportError:
+        return NOT_THERE
     except (RuntimeError, MemoryError) as error:
         return no_room(error)
 
@@ -201,6 +204,8 @@ def seconds(case: Case, x: Inputs) -> float | str | None:
     started = time.perf_counter()
     try:
         return None if run(case, x) is None else time.perf_counter() - started
+    except ImportError:
+        return NOT_THERE
     except (RuntimeError, MemoryError) as error:
         return no_room(error)
 

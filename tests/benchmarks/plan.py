@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from training import VOCAB, finish, prepared, random_target, seconds_a_step, start
+from training_runs import VOCABS, finish, prepared, random_target, seconds_a_step, start
 
 from dist_train.config import TrainConfig, load_config
 from dist_train.doctor.measure import gemm_rates
@@ -58,7 +58,7 @@ def target_flops(path: Path, length: int) -> float:
 
     model = AutoModelForCausalLM.from_pretrained(path).eval()
     size = measure(model.config)
-    ids = torch.randint(VOCAB, (4, length))
+    ids = torch.randint(VOCABS["small"], (4, length))
     times = []
     with torch.no_grad():
         for _ in range(6):
@@ -76,9 +76,9 @@ def main() -> None:
         tokenizer, corpus = prepared(folder, 200_000)
         peak = 1e12 * statistics.median(gemm_rates(torch.device("cpu"), torch.float32))
         machine = Machine(Gpu("CPU", {"fp32": peak}, 16e9, 1e10, 1e9, 1e9), 1)
-        (folder / "small").mkdir()
-        small = random_target(folder / "small", tokenizer, layers=3, width=768)
-        target = random_target(folder, tokenizer, layers=8, width=512)
+        vocab_size = VOCABS["small"]
+        small = random_target(folder / "small", tokenizer, 3, 768, vocab_size)
+        target = random_target(folder / "target", tokenizer, 8, 512, vocab_size)
         teach = [f"target.path={target}", "target.precision=fp32", "objective={kld: 1}"]
         runs = {
             "known": ("pretrain", KNOWN, 256, 8, ["objective={ce: 1}"]),
@@ -94,11 +94,11 @@ def main() -> None:
                 configs[name] = load_config(TrainConfig, None, given)
                 rates[name].append(tokens_a_second(stage, run, given, batch * length))
         measured = {name: statistics.median(found) for name, found in rates.items()}
-        at_peak = plan_training(configs["known"], machine, Assumptions(mfu=1.0), VOCAB, "pretrain")["tokens/s"]
+        at_peak = plan_training(configs["known"], machine, Assumptions(mfu=1.0), vocab_size, "pretrain")["tokens/s"]
         assumed = Assumptions(mfu=measured["known"] / at_peak, target_mfu=target_flops(small, 256) / peak)
         print(f"peak {peak / 1e9:.1f} GFLOP/s; drafter {assumed.mfu:.1%} of it, target {assumed.target_mfu:.1%}")
         for name in ("pretrain", "distill"):
-            predicted = plan_training(configs[name], machine, assumed, VOCAB, name)["tokens/s"]
+            predicted = plan_training(configs[name], machine, assumed, vocab_size, name)["tokens/s"]
             shown = ", ".join(f"{rate:.0f}" for rate in rates[name])
             off = predicted / measured[name] - 1
             print(f"{name}: predicted {predicted:.0f} tokens/s, measured {shown}: {off:+.1%} off the median")

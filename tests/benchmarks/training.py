@@ -4,13 +4,15 @@
     python tests/benchmarks/training.py trainer --pairs 3
     python tests/benchmarks/training.py online --target-layers 8
     python tests/benchmarks/training.py checkpoint
+    python tests/benchmarks/training.py mfu --drafter 115m --batch 16 --length 2048
 
 `bare`: the same drafter, batches, AdamW and dtype in a loop of PyTorch alone, DistributedDataParallel where there are
 several ranks, cross-entropy of whole logits. Both are started, and take turns of a few seconds in which the other is
 stopped, so that a machine that gets slower slows both; the ratio of neighbouring turns is one observation. `online`:
-a step with the target in the loop against its target pass and a drafter step measured by themselves. `checkpoint`: how
-long training stops for one that is written while it goes on, and for one that it waits for. On a GPU the same, in
-bf16, with train.compile, and the share of the device's arithmetic (MFU).
+a step with the target in the loop against its target pass and a drafter step measured by themselves, and against the
+same target's pass over the same tokens by transformers alone. `checkpoint`: how long training stops for one that is
+written while it goes on, and for one that it waits for. `mfu`: tokens a second and the share of the device's arithmetic
+eager, with the loss compiled, and with the drafter's blocks compiled, too. On a GPU all are in bf16.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import argparse
 import json
 import os
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -30,95 +31,17 @@ from typing import Any
 
 import numpy as np
 import torch
-
-SHAPE = {"hidden_size": 512, "layers": 4, "heads": 8, "mlp_size": 1408, "max_positions": 2048}
-VOCAB = 8000
-
-
-def prepared(folder: Path, tokens: int = 2_000_000) -> tuple[Path, Path]:
-    """A tokenizer and a corpus of random words."""
-    from dist_train.cli import main
-    from dist_train.tokenizer import train_tokenizer
-
-    rng = np.random.default_rng(0)
-    words = ["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(2, 9))) for _ in range(20_000)]
-    texts = [" ".join(rng.choice(words, 200)) for _ in range(tokens // 600)]
-    train_tokenizer(texts[:2000], folder / "tokenizer", VOCAB)
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    out = folder / "corpus"
-    main(["prepare", f"inputs={folder / 'text.jsonl'}", f"tokenizer={folder / 'tokenizer'}", f"out={out}"])
-    return folder / "tokenizer", out
-
-
-def random_target(folder: Path, tokenizer: Path, layers: int, width: int) -> Path:
-    """A Llama of random weights."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from dist_train.tokenizer import load_tokenizer
-
-    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 11 * width // 4}
-    sizes |= {"num_hidden_layers": layers, "num_attention_heads": width // 64}
-    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, **sizes))
-    model.to(torch.bfloat16 if torch.cuda.is_available() else torch.float32).save_pretrained(folder / "target")
-    load_tokenizer(tokenizer).save(folder / "target")
-    return folder / "target"
-
-
-def seconds_a_step(run: Path, first: int) -> float:
-    """The median over the steps after the first ones, of the run's own lines."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    times = [line["time"] for line in lines]
-    return statistics.median(np.diff(times)[first:])
-
-
-def start(command: list[str], ranks: int) -> list[subprocess.Popen[bytes]]:
-    """`command` in so many processes that know each other."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    threads = str(max(1, len(os.sched_getaffinity(0)) // ranks))
-    processes = []
-    for rank in range(ranks):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MASTER_ADDR": "127.0.0.1"}
-        environment |= {name: str(value) for name, value in place.items()}
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE))
-    return processes
-
-
-def finish(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for them; ends with the complaint of one that failed."""
-    for process in processes:
-        _, complaint = process.communicate()
-        if process.returncode:
-            raise SystemExit(complaint.decode()[-2000:])
-
-
-def ours_command(run: Path, tokenizer: Path, corpus: Path, options: argparse.Namespace, *more: str) -> list[str]:
-    """`dist-train pretrain` of this benchmark's size, into the folder `run`."""
-    words = [
-        f"run.dir={run}",
-        f"tokenizer={tokenizer}",
-        f"data.sources=[{{path: {corpus}}}]",
-        f"data.sequence_length={options.length}",
-        *(f"drafter.{name}={value}" for name, value in SHAPE.items()),
-        f"train.steps={options.steps}",
-        f"train.global_batch={options.batch * options.ranks}",
-        f"train.micro_batch={options.batch}",
-        f"train.precision={options.dtype}",
-        f"train.deepspeed={options.stage}",
-        f"train.compile={str(options.compile).lower()}",
-        "checkpoint.every=1000000",
-        *more,
-    ]
-    return [sys.executable, "-m", "dist_train", "pretrain", *words]
-
-
-def ours(folder: Path, tokenizer: Path, corpus: Path, options: argparse.Namespace, *more: str) -> tuple[float, Path]:
-    """Seconds a step of `dist-train pretrain`, and its run folder."""
-    run = Path(tempfile.mkdtemp(dir=folder)) / "run"
-    finish(start(ours_command(run, tokenizer, corpus, options, *more), options.ranks))
-    return seconds_a_step(run, 2), run
+from training_runs import (
+    DRAFTERS,
+    VOCABS,
+    finish,
+    ours,
+    ours_command,
+    prepared,
+    random_target,
+    start,
+    vocabulary,
+)
 
 
 def bare_loop(settings: dict) -> None:
@@ -129,13 +52,14 @@ def bare_loop(settings: dict) -> None:
     from dist_train.config import DrafterSection
     from dist_train.models.drafter import drafter_config, new_drafter
 
+    name = settings["drafter"]
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
     tokens = ShardedTokens(settings["corpus"])
-    model: Any = new_drafter(drafter_config(DrafterSection(**SHAPE), VOCAB, 1, 2), 0)
+    model: Any = new_drafter(drafter_config(DrafterSection(**DRAFTERS[name]), VOCABS[name], 1, 2), 0)
     model.to(device)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings["dtype"]]
     if settings["compile"]:
@@ -197,7 +121,8 @@ def trainer_loop(settings: dict) -> None:
         report_to=[],
         disable_tqdm=True,
     )
-    model = new_drafter(drafter_config(DrafterSection(**SHAPE), VOCAB, 1, 2), 0)
+    name = settings["drafter"]
+    model = new_drafter(drafter_config(DrafterSection(**DRAFTERS[name]), VOCABS[name], 1, 2), 0)
     transformers.Trainer(model, arguments, train_dataset=Rows(), callbacks=[Clock()]).train()
 
 
@@ -240,7 +165,8 @@ def compare(folder: Path, options: argparse.Namespace) -> None:
     run, out = folder / "run", folder / "times.jsonl"
     settings = {**vars(options), "corpus": str(corpus), "out": str(out)}
     peer = [sys.executable, __file__, f"_{options.what}", "--settings", json.dumps(settings)]
-    mine = start(ours_command(run, tokenizer, corpus, options), options.ranks)
+    more = vocabulary(folder, tokenizer, options)
+    mine = start(ours_command(run, tokenizer, corpus, options, *more), options.ranks)
     while not (run / "metrics.jsonl").exists() and mine[0].poll() is None:
         time.sleep(0.2)
     send(mine, signal.SIGSTOP)
@@ -284,18 +210,67 @@ def report(
 def online(folder: Path, options: argparse.Namespace) -> None:
     """Online distillation against the time of its parts, each measured in runs of the same command."""
     tokenizer, corpus = prepared(folder)
-    target = random_target(folder, tokenizer, options.target_layers, options.target_width)
-    alone, _ = ours(folder, tokenizer, corpus, options)
+    vocab_size = VOCABS[options.drafter]
+    target = random_target(folder / "target", tokenizer, options.target_layers, options.target_width, vocab_size)
+    alone, _ = ours(folder, tokenizer, corpus, options, *vocabulary(folder, tokenizer, options))
     given = (f"target.path={target}", f"target.precision={options.dtype}", "objective={kld: 1.0}")
     both, run = ours(folder, tokenizer, corpus, options, *given)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
     forward = statistics.median(line["perf/target"] for line in lines) * both
-    print(f"a step {both:.2f} s; target pass {forward:.2f} s, drafter step with cross-entropy {alone:.2f} s")
+    by_itself, parameters = forward_alone(target, vocab_size, options)
+    tokens = options.batch * options.length
+    print(f"{tokens} tokens a step beside a target of {parameters / 1e9:.2f}B parameters, {options.dtype}\n")
+    print("| what | seconds | tokens/s | over the target's pass alone |\n|--|--|--|--|")
+    rows = {
+        "target's forward pass by transformers, alone": by_itself,
+        "online distillation, a step": both,
+        "of it, the target's pass": forward,
+        "drafter step with cross-entropy, no target": alone,
+    }
+    for what, seconds in rows.items():
+        print(f"| {what} | {seconds:.3f} | {tokens / seconds:.0f} | {seconds / by_itself:.3f} |")
     print(
-        f"speed over that of target pass + drafter step: {(forward + alone) / both:.3f}; target's share of the step ",
-        end="",
+        f"\nspeed over that of target pass + drafter step: {(forward + alone) / both:.3f}; "
+        f"MFU {lines[-1].get('perf/mfu', 'unknown on this device')}"
     )
-    print(f"{forward / both:.2f}; MFU {lines[-1].get('perf/mfu', 'unknown on this device')}")
+
+
+@torch.inference_mode()
+def forward_alone(target: Path, vocab_size: int, options: argparse.Namespace) -> tuple[float, int]:
+    """Seconds of a forward pass to the last hidden states over a step's tokens, the least of five; parameters."""
+    from transformers import AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.dtype]
+    model: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype).eval()
+    model.to("cuda" if on_gpu else "cpu")
+    ids = torch.randint(vocab_size, (options.batch, options.length), device=model.device)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        model.model(input_ids=ids, use_cache=False)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return min(times[1:]), model.num_parameters()
+
+
+def mfu(folder: Path, options: argparse.Namespace) -> None:
+    """The same run in three ways."""
+    tokenizer, corpus = prepared(folder)
+    more = vocabulary(folder, tokenizer, options)
+    tokens = options.batch * options.length
+    print(f"{options.drafter} drafter, cross-entropy, {tokens} tokens a step, {options.dtype}, {options.stage}\n")
+    print("| compiled | seconds a step | tokens/s | MFU | peak GiB |\n|--|--|--|--|--|")
+    for loss, blocks in (("false", False), ("true", False), ("true", True)):
+        options.compile = blocks
+        seconds, run = ours(folder, tokenizer, corpus, options, *more, f"loss.compile={loss}")
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][2:]
+        known = "perf/mfu" in lines[0]
+        share = f"{statistics.median(line['perf/mfu'] for line in lines):.3f}" if known else "unknown on this device"
+        compiled = "loss and blocks" if blocks else "loss" if loss == "true" else "nothing"
+        peak = lines[-1]["perf/memory_gib"]
+        print(f"| {compiled} | {seconds:.3f} | {tokens / seconds:.0f} | {share} | {peak:.1f} |", flush=True)
 
 
 def checkpoint(folder: Path, options: argparse.Namespace) -> None:
@@ -316,7 +291,8 @@ def checkpoint(folder: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     """Reads what to measure, prints it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["bare", "trainer", "online", "checkpoint", "_bare", "_trainer"])
+    parser.add_argument("what", choices=["bare", "trainer", "online", "checkpoint", "mfu", "_bare", "_trainer"])
+    parser.add_argument("--drafter", choices=DRAFTERS, default="small")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--turn", type=float, default=12.0, help="seconds of a turn")
@@ -337,9 +313,8 @@ def main() -> None:
         trainer_loop(json.loads(options.settings))
         return
     with tempfile.TemporaryDirectory() as folder:
-        {"bare": compare, "trainer": compare, "online": online, "checkpoint": checkpoint}[options.what](
-            Path(folder), options
-        )
+        ways = {"bare": compare, "trainer": compare, "online": online, "checkpoint": checkpoint, "mfu": mfu}
+        ways[options.what](Path(folder), options)
 
 
 if __name__ == "__main__":
