@@ -249,7 +249,7 @@ def _check_writable(folder: Path) -> None:
 
 def _introduce(training: Training, resumed: bool) -> None:
     config, runtime = training.config, training.runtime
-    model = training.engine.module.model
+    model = training.module.model
     print(
         f"{_name(config)}: drafter of {num_parameters(model) / 1e6:.2f}M parameters, "
         f"objective {', '.join(f'{weight:g} {loss}' for loss, weight in config.objective.items())}, "
