@@ -25,7 +25,6 @@ _PROCESS = 450 * 2**20  # PyTorch, DeepSpeed and transformers, imported
 # 1.06 GB on 8 H100 (NVIDIA/nccl, issue 1685) and 1.6 GB for a communicator after an all-reduce (issue 864).
 _CONTEXT = 512 * 2**20
 _NCCL = 1024 * 2**20
-_DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _MENDS = {
     "drafter weights": "train.deepspeed=zero3",
     "drafter gradients": "train.deepspeed=zero2",
@@ -90,11 +89,16 @@ def memory_estimate(
 
 def _gradient_width(deepspeed: dict[str, Any], width: int) -> int:
     """Bytes of a number that gradients are accumulated in."""
-    return _DTYPE_BYTES.get(deepspeed.get("data_types", {}).get("grad_accum_dtype"), width)
+    return _dtype_bytes(deepspeed.get("data_types", {}).get("grad_accum_dtype"), width)
+
+
+def _dtype_bytes(name: str | None, width: int) -> int:
+    """Of what a DeepSpeed configuration calls `name`; `width` where it says nothing."""
+    return width if name is None else {"fp32": 4, "bf16": 2, "fp16": 2}.get(name, width)
 
 
 def _on_their_way(deepspeed: dict[str, Any], shape: Any, drafter: int, width: int, on_gpu: bool) -> int:
-    """Bytes of the buckets that gradients are reduced in from ZeRO 1 on, as deepspeed.runtime.zero.stage_1_and_2 has it.
+    """Bytes of the buckets that gradients are reduced in from ZeRO 1 on (deepspeed.runtime.zero.stage_1_and_2).
 
     They are as large as `reduce_bucket_size` says, however small the drafter is; on a CPU pages that nothing is written
     to take no memory. One more is filled while the first is sent; ZeRO 1 fills them with what was accumulated, ZeRO 2
@@ -110,7 +114,7 @@ def _on_their_way(deepspeed: dict[str, Any], shape: Any, drafter: int, width: in
     buckets = 2 if zero.get("overlap_comm") else 1
     sent = min(drafter, max(filled, shape.vocab_size * shape.hidden_size))
     staged = _gradient_width(deepspeed, width) if stage == 1 else width
-    sent_width = _DTYPE_BYTES.get(deepspeed.get("communication_data_type"), width)
+    sent_width = _dtype_bytes(deepspeed.get("communication_data_type"), width)
     return buckets * staged * (size if on_gpu else filled) + sent_width * sent
 
 
@@ -169,9 +173,7 @@ def replicated_note(
     target = config.target
     if target is None or target.sharding == "replicate" or not needs_target(config.objective):
         return None
-    whole = config.model_copy(
-        update={"target": target.model_copy(update={"sharding": "replicate", "offload": False})}
-    )
+    whole = config.model_copy(update={"target": target.model_copy(update={"sharding": "replicate", "offload": False})})
     needed = sum(memory_estimate(whole, shape, world_size, on_gpu=on_gpu).values())
     if needed > available:
         return None
@@ -182,7 +184,7 @@ def replicated_note(
 
 
 def available_gib(runtime: Runtime) -> float:
-    """What is free for this rank: of its GPU, with what its own context has there, or its share of the host's memory."""
+    """What is free for this rank: of its GPU, with what its context has there, or its share of the host's memory."""
     if runtime.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(runtime.device)
         return (free + _CONTEXT) / _GIB

@@ -22,7 +22,8 @@ from dist_train.train.state import DrafterState
 
 stage, precision, batches = sys.argv[1], sys.argv[2], 8
 section = DrafterSection(hidden_size=64, layers=2, heads=2, mlp_size=64, max_positions=64)
-train = TrainSection(steps=1, global_batch=2 * batches, micro_batch=1, deepspeed=stage, precision=precision, learning_rate=1e-30)
+sizes = {"steps": 1, "global_batch": 2 * batches, "micro_batch": 1, "learning_rate": 1e-30}
+train = TrainSection(deepspeed=stage, precision=precision, **sizes)
 
 def loss(hidden, head):
     return head.logits(hidden).float().square().mean()

@@ -17,7 +17,6 @@ from dist_train.config import PretrainConfig
 from dist_train.models.sizes import parameters
 from dist_train.train import memory
 
-
 TREE = {"run": {"dir": "run"}, "tokenizer": "tokenizer.model", "data": {"sources": [{"path": "shards"}]}}
 
 
@@ -101,7 +100,9 @@ with started() as runtime:
 
 
 def test_a_gpu_holds_the_context_and_nccl_besides_tensors():
-    estimates = [memory.memory_estimate(planned("zero1", global_batch=8), LlamaConfig(), n, on_gpu=True) for n in (1, 8)]
+    estimates = [
+        memory.memory_estimate(planned("zero1", global_batch=8), LlamaConfig(), n, on_gpu=True) for n in (1, 8)
+    ]
     assert [estimate["the process itself"] for estimate in estimates] == [0.5, 0.5]
     assert [estimate.get("NCCL") for estimate in estimates] == [None, 1.0]
 
@@ -140,9 +141,10 @@ def test_a_run_that_cannot_fit_says_what_to_change(tiny, cli, tmp_path):
 def test_the_estimate_is_printed_before_the_start(tiny, cli, tmp_path):
     from runs import distillation
 
-    done = cli(*distillation(tiny, tmp_path / "run", steps=1))
+    done = cli(*distillation(tiny, tmp_path / "run", "target.sharding=zero3", steps=1))
     lines = [line for line in done.stdout.splitlines() if line.startswith("distill: about 0.4")]
     assert len(lines) == 1 and "GiB a rank of" in lines[0]
+    assert done.stdout.count("distill: the target fits whole on each rank (0.4") == 1
 
 
 @pytest.mark.campaign
