@@ -20,9 +20,9 @@ from dist_train.train.engine import deepspeed_config
 
 _GIB = 2**30
 _PROCESS = 450 * 2**20  # PyTorch, DeepSpeed and transformers, imported
-# What a process has on a GPU besides its tensors: the context, and the kernels of PyTorch, cuBLAS and NCCL, of which a
-# H100 lists 0.3 to 0.6 GiB; and, with several ranks, NCCL's channels and their buffers, which with the context were
-# 1.06 GB on 8 H100 (NVIDIA/nccl, issue 1685) and 1.6 GB for a communicator after an all-reduce (issue 864).
+# Assumed, not measured here, of a GPU besides tensors: the context with its kernels, 0.3 to 1 GB a process by the NAIRR
+# pilot's guide to GPU estimates; with several ranks the channels and buffers of a NCCL communicator, with which a process
+# was seen to take 1.6 GB in all after its first all-reduce (NVIDIA/nccl, issue 864).
 _CONTEXT = 512 * 2**20
 _NCCL = 1024 * 2**20
 _MENDS = {

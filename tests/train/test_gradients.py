@@ -66,12 +66,19 @@ with started() as runtime:
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [("zero0", "fp32"), ("zero1", "fp32"), ("zero1", "bf16"), ("zero2", "bf16")]
+    ("stage", "precision", "limit"),
+    [
+        ("zero0", "fp32", 1e-5),
+        ("zero1", "fp32", 1e-5),
+        ("zero1", "bf16", 1e-5),
+        ("zero2", "bf16", 1e-5),
+        ("zero0", "bf16", 1e-2),  # as wide as the weights
+    ],
 )
-def test_they_are_summed_in_fp32_and_reduced_while_the_backward_pass_goes_on(tmp_path, stage, precision):
+def test_they_are_summed_in_fp32_and_reduced_while_the_backward_pass_goes_on(tmp_path, stage, precision, limit):
     """Against the float64 sum of what the same model in the same precision gives for each micro-batch alone.
 
-    Summed in bf16 the error is 2e-3 or more.
+    Summed in bf16 the error is about 4e-3.
     """
     named = stage
     if stage != "zero0":  # buckets smaller than this small drafter
@@ -82,4 +89,4 @@ def test_they_are_summed_in_fp32_and_reduced_while_the_backward_pass_goes_on(tmp
     for done in on_ranks(ACCUMULATE, 2, named, precision):
         told = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("early", "error")))
         assert told["early"] == "True"
-        assert float(told["error"]) < 1e-5
+        assert float(told["error"]) < limit
