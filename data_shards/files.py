@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 import xxhash
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 
 from data_shards.errors import DataError
 
@@ -111,9 +112,22 @@ def file_xxh64(path: Path) -> str:
 
 def inside(folder: Path, name: Any) -> Path:
     """The path of a file that an index or a manifest in `folder` names. Raises DataError where it leads elsewhere."""
-    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+    if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
         raise DataError(f"{folder}: its index names {name!r}, which is outside of it; make it again, or fetch it anew")
     return folder / name
+
+
+class Form(BaseModel):
+    """What a reader relies on in a file; there may be more in it, from another version."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class FileRecord(Form):
+    """Size and checksum of a file, as an index or a manifest has them."""
+
+    bytes: NonNegativeInt
+    xxh64: str
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -121,8 +135,12 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, [_canonical(content)])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote. Raises DataError when the file is missing, torn or changed."""
+def read_json(path: Path, form: type[Form] | None = None) -> dict[str, Any]:
+    """Read what `write_json` wrote. Raises DataError when the file is missing, torn or changed, or not of the `form`.
+
+    Its checksum tells that nothing was changed since, but not that the version of dist-train that wrote it put in what
+    this one reads.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -134,7 +152,20 @@ def read_json(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: torn or not written by dist-train; make it again") from error
     if _canonical(content) != data:
         raise DataError(f"{path}: its checksum does not match; it was changed or damaged; make it again")
+    if form is not None:
+        refuse_other_form(path, content, form)
     return content
+
+
+def refuse_other_form(path: Path, content: dict[str, Any], form: type[Form]) -> None:
+    """Raise DataError, naming the first key at fault, where the content of the file at `path` is not of the form."""
+    try:
+        form.model_validate(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(map(str, fault["loc"]))
+        told = f"{where}: {fault['msg']}" if where else fault["msg"]
+        raise DataError(f"{path}: not as this version writes it: {told}; make it again") from error
 
 
 def _canonical(content: dict[str, Any]) -> bytes:

@@ -20,13 +20,24 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from data_shards.errors import DataError
-from data_shards.files import AtomicFile, file_xxh64, inside, read_json, write_atomically, write_json
+from data_shards.files import (
+    AtomicFile,
+    FileRecord,
+    Form,
+    file_xxh64,
+    inside,
+    read_json,
+    refuse_other_form,
+    write_atomically,
+    write_json,
+)
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -57,6 +68,51 @@ class Encoding:
         """As stored in the index."""
         stored = {"tokenizer": self.tokenizer, "vocab_size": self.vocab_size, "bos": self.bos, "eos": self.eos}
         return stored if self.separator is None else {**stored, "separator": self.separator}
+
+
+class _Encoding(Form, extra="forbid"):
+    tokenizer: str
+    vocab_size: PositiveInt
+    bos: bool
+    eos: bool
+    separator: NonNegativeInt | None = None
+
+
+class _Faults(Form):
+    counts: dict[str, NonNegativeInt]
+    named: list[Annotated[list[str], Field(min_length=3, max_length=3)]]
+
+
+class _Shard(Form):
+    name: str
+    tokens: NonNegativeInt
+    documents: NonNegativeInt
+    files: dict[str, FileRecord]
+    faults: _Faults | None = None  # `ShardWriter` has none to tell
+
+
+class _Packs(Form):
+    sequence_length: PositiveInt
+    packs: NonNegativeInt
+    files: dict[str, FileRecord]
+
+
+class _Index(Form):
+    """What `write_index` writes."""
+
+    encoding: _Encoding
+    tokens: NonNegativeInt
+    documents: NonNegativeInt
+    shards: list[_Shard]
+    packs: _Packs | None
+    provenance: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> _Index:
+        for name in ("tokens", "documents"):
+            if (found := sum(getattr(shard, name) for shard in self.shards)) != getattr(self, name):
+                raise ValueError(f"{name} are {getattr(self, name)}, those of the shards {found}")
+        return self
 
 
 class ShardFiles:
@@ -228,20 +284,17 @@ class ShardedTokens:
             raise DataError(
                 f"{self.path}: format {self.index.get('format')}, this version reads {FORMAT_VERSION}; prepare it again"
             )
+        refuse_other_form(self.path / INDEX, self.index, _Index)
         # Bounded: a corpus of 10,000 shards would exhaust the file table. Per instance: a folder may be made anew.
         self._open = lru_cache(maxsize=256)(_open)
-        try:
-            self.encoding = Encoding(**self.index["encoding"])
-            self.num_tokens: int = self.index["tokens"]
-            self.num_documents: int = self.index["documents"]
-            self._token_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])
-            self._document_starts = np.cumsum([0] + [shard["documents"] for shard in self.index["shards"]])
-            for shard in self.index["shards"]:
-                inside(self.path, shard["name"])
-            misfits = self._misfits(slice(None), read_bytes=False)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DataError(f"{self.path / INDEX}: no index of a corpus: {error!r}; prepare it again") from error
-        self._raise_for(misfits)
+        self.encoding = Encoding(**self.index["encoding"])
+        self.num_tokens: int = self.index["tokens"]
+        self.num_documents: int = self.index["documents"]
+        self._token_starts = np.cumsum([0] + [shard["tokens"] for shard in self.index["shards"]])
+        self._document_starts = np.cumsum([0] + [shard["documents"] for shard in self.index["shards"]])
+        for shard in self.index["shards"]:
+            inside(self.path, shard["name"])
+        self._raise_for(self._misfits(slice(None), read_bytes=False))
 
     # -- reading ------------------------------------------------------------------------------------------------
 

@@ -123,6 +123,13 @@ def is_cut_by_size(path: str) -> bool:
     return not _path(path).endswith((".parquet", ".json", *(f".json{suffix}" for suffix in COMPRESSED)))
 
 
+def count_units(files: Sequence[InputFile], unit_bytes: int) -> int | None:
+    """How many units `plan_units` cuts files into; None where that takes reading them."""
+    if not all(is_cut_by_size(file.path) for file in files):
+        return None
+    return sum(min(size, 1) if path.endswith(COMPRESSED) else -(-size // unit_bytes) for path, size in files)
+
+
 def read_records(unit: Unit) -> Iterator[Record]:
     """The records of one unit in file order. Raises DataError naming file and line of the first fault."""
     return (located.record for located in read_located(unit, STRICT))

@@ -228,7 +228,12 @@ def _commit(out: Path, num_units: int, encoding: Encoding, plan: dict[str, Any])
             return
         raise
     if not sum(record["documents"] for record in records):
-        raise DataError(f"{', '.join(name for name, _ in plan['inputs'])}: no documents in the input; all are empty")
+        counts, named = gather(record["faults"] for record in records)
+        left_out = ", ".join(f"{count:,} {kind.replace('_', ' ')}" for kind, count in counts.items()) or "all are empty"
+        first = f"; the first: {named[0].where}: {named[0].reason}" if named else ""
+        raise DataError(
+            f"{', '.join(name for name, _ in plan['inputs'])}: no documents in the input: {left_out}{first}"
+        )
     packs = None
     if plan["sequence_length"] is not None:
         packs = _pack(out, records, plan["sequence_length"])

@@ -93,7 +93,7 @@ def called_off(comm: Communicator) -> bool:
 
 def _told(error: BaseException, rank: int) -> str:
     """A failure as one line: of one that nobody expected also whose it is and where it arose."""
-    if isinstance(error, DataError):
+    if isinstance(error, DataError) or hasattr(error, "exit_code"):  # what a user can mend, of whatever package
         return str(error)
     place = traceback.extract_tb(error.__traceback__)[-1]
     where = f"{Path(place.filename).name}, line {place.lineno}"

@@ -62,8 +62,6 @@ _PLACES = {
     "DataError": "data_shards.errors",
     "UserError": "dist_train.errors",
     "launch": "dist_train.api.run",
-    "pretrain": "dist_train.api.run:run",
-    "distill": "dist_train.api.run:run",
 }
 
 
@@ -73,5 +71,6 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name in _PACKAGES:
         return importlib.import_module(f"{__name__}.{name}")
-    module, _, attribute = _PLACES.get(name, "dist_train.config").partition(":")
-    return getattr(importlib.import_module(module), attribute or name)
+    if name in ("pretrain", "distill"):
+        return importlib.import_module("dist_train.api.run").stage_function(name)
+    return getattr(importlib.import_module(_PLACES.get(name, "dist_train.config")), name)

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dist_train.api.stages import Stage, stage_of
+from dist_train.api.stages import STAGES, Stage, stage_of
 from dist_train.errors import UserError
 
 if TYPE_CHECKING:
     from dist_train.config import Section
     from dist_train.config.base import ConfigType
+
+
+def stage_function(name: str) -> Callable[[Section], int]:
+    """The function `dist_train.NAME`: `run` for the configurations of one stage alone."""
+
+    def stage(config: Section) -> int:
+        if (given := stage_of(config).name) != name:
+            raise TypeError(f"dist_train.{name} takes a {STAGES[name].config}, not that of {given}")
+        before = signal.getsignal(signal.SIGINT)
+        try:
+            return run(config)
+        except KeyboardInterrupt:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, before)  # the stage ignores it while it cleans up
+            raise
+
+    return stage
 
 
 def run(config: Section) -> int:
@@ -31,6 +50,8 @@ def launch(config: Section, processes: int) -> int:
     """
     from dist_train.config import save_config
 
+    if processes < 1:
+        raise UserError(f"{processes} processes: at least 1")
     with tempfile.TemporaryDirectory(prefix="dist-train-") as folder:
         path = Path(folder) / "config.yaml"
         save_config(config, path)

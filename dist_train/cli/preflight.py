@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +12,8 @@ from typing import Any
 from dist_train.api.run import resolved
 from dist_train.api.stages import STAGES, Stage
 from dist_train.cli.parser import add, processes
+from dist_train.cli.stages import end
 from dist_train.errors import UserError
-from dist_train.runtime.world import find_world
 
 _PLANNED = ("pretrain", "generate", "distill")
 
@@ -75,12 +73,7 @@ def _run_doctor(options: argparse.Namespace) -> int:
     from dist_train.doctor.examine import examine
 
     code = examine(stage.module if stage else None, config, options.folder, options.wait)
-    if find_world().size > 1:
-        # As after a stage: what communication threads do while the interpreter goes down must not change the code.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    return end(code)
 
 
 # -- plan -------------------------------------------------------------------------------------------------------

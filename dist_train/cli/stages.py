@@ -148,8 +148,12 @@ def _run_stage(options: argparse.Namespace) -> int:
         return _dry_run(stage, words, options.nproc or find_world().size)
     if options.nproc and options.nproc > 1:
         return launch_stage(stage, words, options.nproc)
-    code = run(stage.read(words))
-    return code if stage.mpi else end(code)
+    if stage.mpi:  # a rank that failed here alone would have the others wait for it
+        from data_shards.ranks import together
+        from dist_train.runtime.mpi import communicator
+
+        return run(together(communicator(), lambda: (stage.load(), stage.read(words))[1]))
+    return end(run(stage.read(words)))
 
 
 def _dry_run(stage: Stage, words: Sequence[str], world_size: int) -> int:

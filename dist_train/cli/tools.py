@@ -139,8 +139,7 @@ def add_checkpoint(commands: argparse._SubParsersAction) -> None:
 
 def _list_checkpoints(options: argparse.Namespace) -> int:
     from data_shards.errors import DataError
-    from data_shards.files import read_json
-    from dist_train.runtime.run_folder import MANIFEST, list_checkpoints, verify
+    from dist_train.runtime.run_folder import list_checkpoints, read_manifest, verify
 
     folders = list_checkpoints(options.run)
     if not folders:
@@ -148,7 +147,7 @@ def _list_checkpoints(options: argparse.Namespace) -> int:
     damaged = 0
     for folder in folders:
         try:
-            manifest = read_json(folder / MANIFEST)
+            manifest = read_manifest(folder)
         except DataError as error:
             damaged += 1
             print(f"{folder.name}  {error}")

@@ -17,7 +17,7 @@ from dist_train.config.yaml_text import parse_yaml
 from dist_train.errors import UserError
 
 
-def load_config(kind: type[ConfigType], path: Path | None, overrides: Sequence[str] = ()) -> ConfigType:
+def load_config(kind: type[ConfigType], path: Path | str | None = None, overrides: Sequence[str] = ()) -> ConfigType:
     """Read `path` (YAML; None: nothing), apply `section.key=value` overrides in order, and validate.
 
     Values are YAML, so `train.steps=100`, `objective={kld: 1}` and `data.sources=[{path: shards}]` work; a number
@@ -25,7 +25,7 @@ def load_config(kind: type[ConfigType], path: Path | None, overrides: Sequence[s
     """
     tree: dict[str, Any] = {}
     if path is not None:
-        tree = read_yaml(path)
+        tree = read_yaml(Path(path))
     for override in overrides:
         _apply(tree, override)
     return read_tree(kind, tree, str(path) if path else "arguments")

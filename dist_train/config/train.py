@@ -131,7 +131,7 @@ class TrainSection(Section):
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """keep an average of the weights, w += (1 - decay) (new - w) each step; in checkpoints beside them, as ema"""
     max_skipped: PositiveInt = 10
-    """steps of non-finite loss or gradient, left out one after the other, that end the run"""
+    """steps left out in a row, for a loss or gradient that is not finite or a spike (skip_spikes), that end the run"""
     skip_spikes: bool = False
     """leave steps out whose loss is 6 deviations above the last 128 (they are counted and told anyway)"""
 

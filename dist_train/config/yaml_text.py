@@ -7,7 +7,10 @@ from typing import Any
 
 import yaml
 
+from data_shards.errors import first_line
+
 _DEEPEST, _MOST_NODES = 50, 100_000
+_TOO_DEEP = f"nested more than {_DEEPEST} deep"
 
 
 class _Loader(yaml.SafeLoader):
@@ -40,19 +43,21 @@ def parse_yaml(text: str) -> Any:
     """The plain values in a text. Raises ValueError, with one line, where it is no YAML or holds too much."""
     try:
         tree = yaml.load(text, _Loader)
-        layer, nodes = [tree], 0
-        for _ in range(_DEEPEST):
-            nodes += len(layer)
-            if nodes > _MOST_NODES:  # an alias counts as often as it stands there
-                raise ValueError(f"more than {_MOST_NODES:,} values")
-            layer = [below for node in layer for below in _below(node)]
-            if not layer:
-                return tree
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from None
     except RecursionError:
-        pass
-    raise ValueError(f"nested more than {_DEEPEST} deep")
+        raise ValueError(_TOO_DEEP) from None
+    except Exception as error:  # of a value that is not what its tag says (!!timestamp x) PyYAML raises anything
+        raise ValueError(f"a value is not of its tag: {first_line(error)}") from None
+    layer, nodes = [tree], 0
+    for _ in range(_DEEPEST):
+        nodes += len(layer)
+        if nodes > _MOST_NODES:  # an alias counts as often as it stands there
+            raise ValueError(f"more than {_MOST_NODES:,} values")
+        layer = [below for node in layer for below in _below(node)]
+        if not layer:
+            return tree
+    raise ValueError(_TOO_DEEP)
 
 
 def _below(node: Any) -> list[Any]:

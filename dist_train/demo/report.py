@@ -8,9 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data_shards.files import read_json, write_atomically
+from data_shards.files import write_atomically
 from dist_train.demo.recipe import LOSSES
 from dist_train.reports.plots import COLOURS, accepted_length_histogram, as_svg, block_efficiency_bars, style
+from dist_train.reports.results import read_tables
 from dist_train.reports.tables import results_markdown, results_tables
 from dist_train.runtime.run_folder import read_metrics
 from dist_train.runtime.world import cores
@@ -30,7 +31,7 @@ REPETITION = (
 
 def write_report(out: Path, seconds: dict[str, float]) -> None:
     """Write `report.html` and `report.md` into `out` from what the steps left there; `seconds` of each step."""
-    results = read_json(out / "evaluation" / "results.json")
+    results = read_tables(out / "evaluation")
     facts = {
         "caution": CAUTION,
         "findings": findings(results),

@@ -22,6 +22,7 @@ from dist_train.api.run import launch_stage
 from dist_train.api.stages import STAGES
 from dist_train.demo.recipe import DRAFTER_SHAPE, LOSSES, SEQUENCE_LENGTH, TARGET_SHAPE, VOCAB_SIZE, Recipe
 from dist_train.errors import UserError
+from dist_train.reports.results import read_tables
 
 STATE = "demo.json"
 REPORT = "report.html"
@@ -292,7 +293,7 @@ class Demo:
 
     def export(self) -> None:
         """The drafter with the highest block efficiency, checked through transformers' assisted generation."""
-        best = best_drafter(read_json(self.out / "evaluation" / "results.json"))
+        best = best_drafter(read_tables(self.out / "evaluation"))
         config = {
             "drafter": str(self.out / "runs" / best),
             "tokenizer": self.tokenizer,

@@ -15,10 +15,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_shards.files import read_json, write_atomically, write_json
+from data_shards.files import write_atomically, write_json
 from dist_train.errors import UserError
 from dist_train.evaluate.measures import Counts, bootstrap_runs
-from dist_train.evaluate.results import COUNTS, RESULTS, make_folder
+from dist_train.evaluate.results import make_folder
+from dist_train.reports.results import COUNTS, RESULTS, read_counts, read_results
 from dist_train.reports.tables import comparison_table, interval, markdown
 
 Condition = tuple[str, int, float, str]  # task, gamma, temperature, drafting
@@ -97,7 +98,7 @@ def _place(text: str) -> tuple[Path, str]:
 def _results(folder: Path) -> dict[str, Any]:
     if not (folder / RESULTS).exists() or not (folder / COUNTS).exists():
         raise UserError(f"{folder}: no finished results of dist-train evaluate here")
-    return read_json(folder / RESULTS)
+    return read_results(folder)
 
 
 def _drafters(folder: Path) -> list[str]:
@@ -110,7 +111,7 @@ def _read(folder: Path, drafter: str) -> Run:
         raise UserError(f"{folder}: no drafter {drafter!r} in it; it has {', '.join(there)}")
     counts = {
         (cell["task"], cell["gamma"], cell["temperature"], cell["drafting"]): Counts(cell["tokens"], cell["calls"])
-        for cell in read_json(folder / COUNTS)["cells"]
+        for cell in read_counts(folder)
         if cell["drafter"] == drafter
     }
     return Run(folder, drafter, counts)
@@ -130,6 +131,13 @@ def _refuse_what_differs(one: Run, other: Run) -> None:
     if strays := sorted(_conditions(mine) ^ _conditions(theirs)):
         shown = "task {}, gamma {}, T {:g}, {} drafts, top_p {:g}, max_new_tokens {}".format(*strays[0])
         raise UserError(f"{differ} only one has the condition {shown}")
+    if _sizes(one) != _sizes(other):
+        raise UserError(f"{differ} their {COUNTS} are of other conditions or prompts; evaluate them again")
+
+
+def _sizes(run: Run) -> dict[Condition, int]:
+    """How many prompts there are counts of."""
+    return {condition: len(counts.calls) for condition, counts in run.counts.items()}
 
 
 def _conditions(results: Mapping[str, Any]) -> set[tuple[Any, ...]]:

@@ -21,9 +21,9 @@ from dist_train.evaluate.measures import (
 )
 from dist_train.evaluate.tasks import Prompts
 from dist_train.reports.plots import acceptance_by_position, accepted_length_histogram, block_efficiency_bars
+from dist_train.reports.results import COUNTS, RESULTS
 from dist_train.reports.tables import results_markdown, results_tables
 
-RESULTS, COUNTS = "results.json", "counts.json"
 Found = Mapping["Cell", Mapping[str, list[Any]]]
 
 

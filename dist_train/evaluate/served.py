@@ -14,14 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from data_shards.files import read_json, write_atomically, write_json
+from data_shards.files import write_atomically, write_json
 from dist_train.config import ServedConfig, save_config
 from dist_train.config.address import check_address
 from dist_train.errors import UserError
-from dist_train.evaluate.results import RESULTS, make_folder
+from dist_train.evaluate.results import make_folder
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.models.load import read_target_config
 from dist_train.models.target_tokenizer import load_target_tokenizer, named_tokenizer
+from dist_train.reports.results import RESULTS, read_tables
 from dist_train.reports.tables import interval, markdown, shares
 from dist_train.runtime.interrupts import one_interrupt, results
 from dist_train.runtime.progress import phase
@@ -146,7 +147,7 @@ def run(config: ServedConfig) -> None:
     server.counters()  # before anything is answered
     model = config.model or server.model()
     tasks = load_prompts(config, _read(config)[0])
-    beside = read_json(config.beside / RESULTS) if config.beside else None
+    beside = read_tables(config.beside) if config.beside else None
     if beside is not None:
         _refuse_other_prompts(tasks, beside, config.beside)
     rows = [

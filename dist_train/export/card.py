@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 
 from data_shards import DataError
-from data_shards.files import read_json
 from dist_train.errors import UserError, without_passwords
 from dist_train.export.provenance import is_hub_id, public_name
 from dist_train.models.drafter import find_model
+from dist_train.reports.results import read_tables
 from dist_train.reports.tables import escaped, results_markdown
 from dist_train.runtime.version import __version__
 
@@ -51,12 +51,12 @@ def model_card(facts: Facts) -> str:
     return without_passwords(text)
 
 
-def read_results(folder: Path, drafter: Path) -> str:
+def measured(folder: Path, drafter: Path) -> str:
     """The tables of `dist-train evaluate` for this drafter and the one that it was compared with, as Markdown.
 
     Raises UserError when the results are of other drafters, DataError when there are none.
     """
-    results = read_json(folder / "results.json")
+    results = read_tables(folder)
     wanted = find_model(drafter).resolve()
     named = {name: Path(entry["path"]) for name, entry in results["drafters"].items()}
     name = next((name for name, path in named.items() if _is(path, wanted)), None)

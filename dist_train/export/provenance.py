@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_shards.files import read_json
 from dist_train.config.read import read_yaml
 from dist_train.errors import UserError
 from dist_train.models.drafter import find_model
-from dist_train.runtime.run_folder import CONFIG, MANIFEST, run_of
+from dist_train.runtime.run_folder import CONFIG, read_manifest, run_of
 
 
 def training_provenance(drafter: Path) -> list[dict[str, Any]]:
@@ -29,7 +28,7 @@ def training_provenance(drafter: Path) -> list[dict[str, Any]]:
         if run is None:
             break
         config = read_yaml(run / CONFIG)
-        manifest = read_json(model.parent / MANIFEST)
+        manifest = read_manifest(model.parent)
         try:
             found.insert(0, _entry(config, manifest))
             before = config["drafter"].get("init_from")

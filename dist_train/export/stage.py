@@ -8,7 +8,7 @@ from typing import Any
 from dist_train.config import ExportConfig, SeedsSection, TargetSection
 from dist_train.errors import UserError, printable
 from dist_train.export.assisted import check_assisted_generation
-from dist_train.export.card import Facts, model_card, read_results
+from dist_train.export.card import Facts, measured, model_card
 from dist_train.export.folder import atomic_folder, refuse_foreign, write_marker, write_model
 from dist_train.export.gate import Check, gate, source_gate
 from dist_train.export.gguf import find_converter, write_gguf
@@ -69,7 +69,7 @@ def _check_export(config: ExportConfig, reference: Reference) -> None:
     if config.llama_cpp is not None:
         find_converter(config.llama_cpp)
     if config.results is not None:
-        read_results(config.results, config.drafter)
+        measured(config.results, config.drafter)
     if config.target is not None and config.prompts is not None:
         check_target(config.target)
         _prompts(config.prompts, config.max_new_tokens, config.target, source, reference)
@@ -116,7 +116,7 @@ def _write(config: ExportConfig, reference: Reference, folder: Path) -> None:
         dtype=config.dtype,
         positions=model.config.max_position_embeddings,
         provenance=provenance,
-        results=read_results(config.results, config.drafter) if config.results else None,
+        results=measured(config.results, config.drafter) if config.results else None,
         assisted=assisted,
         gguf=config.gguf,
     )

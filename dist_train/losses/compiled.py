@@ -7,7 +7,6 @@ compiler made is kept in TORCHINDUCTOR_CACHE_DIR, which slurm/env.sh puts on the
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from dist_train.errors import UserError
 from dist_train.losses.block import Block
+from dist_train.runtime.world import tell_once
 
 Compile = Literal["auto"] | bool
 """False: eager. True: compiled, an error where that is impossible. auto: compiled, eager where that is impossible."""
@@ -46,7 +46,7 @@ def compiled(block: Block, arguments: Arguments, wanted: Compile) -> list[Tensor
                 f"loss.compile=true: the loss cannot be compiled here ({reason}); install a C++ compiler and Python's "
                 "headers, or set loss.compile=false"
             ) from error
-        print(f"loss: eager, because it cannot be compiled here ({reason})", file=sys.stderr, flush=True)
+        tell_once(f"loss: eager, because it cannot be compiled here ({reason})")
         region = block
         columns = region(*arguments)
     _REGIONS[key] = region

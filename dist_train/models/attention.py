@@ -102,7 +102,7 @@ def packed_attention(
             query, key, value, attention_mask, dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
         )
         return found.transpose(1, 2), None
-    if documents is not None and _has_varlen(query):
+    if documents is not None and not dropout and _has_varlen(query, value):
         return _varlen(query, key, value, documents, scaling, sliding_window), None
     rows = documents.rows(query.shape[2]) if documents is not None else [[query.shape[2]]] * len(query)
     return _one_by_one(query, key, value, rows, scaling, dropout, sliding_window), None
@@ -169,9 +169,10 @@ def _varlen_attn() -> Any:
     return varlen_attn
 
 
-def _has_varlen(query: Tensor) -> bool:
+def _has_varlen(query: Tensor, value: Tensor) -> bool:
     is_half = query.dtype in (torch.bfloat16, torch.float16)
-    return query.is_cuda and is_half and query.shape[-1] <= 256 and _varlen_attn() is not None
+    fits = query.shape[-1] == value.shape[-1] <= 256
+    return query.is_cuda and is_half and fits and _varlen_attn() is not None
 
 
 def _varlen(

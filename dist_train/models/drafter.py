@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,8 +127,9 @@ def find_model(path: Path) -> Path:
     Raises UserError when it is none of them.
     """
     latest = path / CHECKPOINTS / LATEST
-    named = inside(path / CHECKPOINTS, latest.read_text().strip()) if latest.exists() else None
-    if named is not None and named.is_dir():
+    name = latest.read_text(errors="replace").strip() if latest.exists() else ""
+    named = inside(path / CHECKPOINTS, name)
+    if re.fullmatch(r"step-\d+", name) and named.is_dir():  # of a torn one nothing may be left
         path = named
     elif folders := committed(path / CHECKPOINTS):  # a lost `latest` loses nothing
         path = folders[-1]

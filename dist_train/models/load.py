@@ -23,6 +23,7 @@ from dist_train.errors import UserError
 from dist_train.models.quantized import quantization_of, refuse_unloadable
 from dist_train.models.sizes import layer_parameters, parameters
 from dist_train.models.weights import refuse_unreadable_weights, weight_files
+from dist_train.runtime.process_group import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -45,6 +46,7 @@ def read_config(path: str | Path, what: str, *, trust_remote_code: bool = False,
     from transformers import AutoConfig
 
     _refuse_adapter(path)
+    quiet_libraries()
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, **where)
     except StrictDataclassError as error:
@@ -264,13 +266,10 @@ def large_blocks_returned() -> Iterator[None]:
 def load_tensor_parallel(section: TargetSection, runtime: Runtime) -> tuple[Any, Any]:
     """The target by transformers' own plan (`base_model_tp_plan`) over groups of `tp_size` neighbouring ranks.
 
-    Returns the model and this rank's process group. Raises UserError where the family has no plan, or the ranks, heads
-    or transformers' version do not allow it.
+    Returns the model and this rank's process group. Raises UserError where the family has no plan, or the ranks or
+    heads do not allow it.
     """
-    try:
-        from transformers.distributed.configuration_utils import DistributedConfig
-    except ImportError as error:
-        raise UserError("target.sharding=tp: this transformers has no DistributedConfig; take a newer one") from error
+    from transformers.distributed.configuration_utils import DistributedConfig
 
     size = section.tp_size
     if runtime.world_size % size:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data_shards.files import read_json
+from data_shards.errors import DataError
 from dist_train.config import TargetSection
 from dist_train.config.read import read_yaml
 from dist_train.errors import UserError
 from dist_train.models.drafter import find_model, read_drafter_config
 from dist_train.models.target_tokenizer import named_tokenizer
-from dist_train.runtime.run_folder import CONFIG, MANIFEST, run_of
+from dist_train.runtime.run_folder import CONFIG, read_manifest, run_of
 from dist_train.runtime.world import tell_once
 from dist_train.tokenizer import Tokenizer, load_tokenizer, piece_difference
 
@@ -21,7 +21,10 @@ def check_drafter(path: Path, name: str, vocab_size: int | None, tokenizer: Toke
 
     None: not known yet. Raises UserError where its vocabulary has another size, or its ids stand for other pieces.
     """
-    config = read_drafter_config(path)
+    try:
+        config = read_drafter_config(path)
+    except (UserError, DataError) as error:
+        raise UserError(f"{name}: {error}") from error
     if vocab_size is not None and config.vocab_size != vocab_size:
         raise UserError(f"{name}: {path}: a vocabulary of {config.vocab_size}, not the {vocab_size} of this run")
     if tokenizer is not None:
@@ -57,7 +60,7 @@ def _tokenizer_of_run(run: Path, model: Path, tokenizer: Tokenizer) -> Tokenizer
 
     By its checksum: a path may lead elsewhere today.
     """
-    checksum = read_json(model.parent / MANIFEST)["state"].get("tokenizer")
+    checksum = read_manifest(model.parent)["state"].get("tokenizer")
     if checksum == tokenizer.sha256:
         return tokenizer
     config = read_yaml(run / CONFIG)

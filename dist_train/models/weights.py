@@ -21,7 +21,7 @@ def weight_files(folder: Path) -> list[str]:
         return ["model.safetensors"]
     try:
         names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-        outside = next((name for name in names if Path(name).name != name), None)
+        outside = next((name for name in names if Path(name).name != name or "\0" in name), None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder / INDEX}: torn, no index of weights; fetch it again") from error
     if outside is not None:

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from data_shards import Encoded, Encoding, Rejected
-from data_shards.errors import listed
+from data_shards.errors import DataError, listed
 from data_shards.inputs import Record
 from dist_train.config import PrepareConfig
+from dist_train.errors import UserError
 from dist_train.tokenizer import RefusedChatError, Tokenizer
 from dist_train.tokenizer.wordwise import Array
 
@@ -97,6 +98,8 @@ class ChatEncoder:
                 prompt, response = self._ids(record)
             except RefusedChatError as error:
                 rejected.append(Rejected(index, "malformed", str(error)))
+            except UserError as error:  # no template, or a broken one: told as it is, and not as a rank's own failure
+                raise DataError(str(error)) from error
             else:
                 documents.append([*prompt, *response])
                 masks.append([0] * len(prompt) + [1] * len(response))

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import data_shards
-from data_shards import DataError, PrepareSummary, ShardedTokens
+from data_shards import PrepareSummary, ShardedTokens
 from data_shards.inputs import dataset_files, find_files
-from data_shards.ranks import Alone, Communicator, together
+from data_shards.ranks import Communicator, together
 from dist_train.config import PrepareConfig
 from dist_train.errors import UserError, printable
 from dist_train.prepare.encoders import ChatEncoder, TextEncoder
+from dist_train.runtime.mpi import communicator
 from dist_train.runtime.progress import Progress, phase
 from dist_train.tokenizer import load_tokenizer
 from dist_train.work.units import refuse_partial
@@ -34,15 +34,8 @@ def check(config: PrepareConfig) -> None:
 
 def run(config: PrepareConfig) -> None:
     """Tokenize, or verify what was; on every rank of MPI's world."""
-    comm = _communicator()
-    together(comm, lambda: _run(config, comm))
-
-
-def _run(config: PrepareConfig, comm: Communicator) -> None:
-    try:
-        (_verify if config.verify else _make)(config, comm)
-    except UserError as error:
-        raise DataError(str(error)) from error  # what one rank alone has met with, such as a file, ends all
+    comm = communicator()
+    together(comm, lambda: (_verify if config.verify else _make)(config, comm))
 
 
 def _inputs(config: PrepareConfig) -> str | list[str]:
@@ -128,20 +121,3 @@ class _Bar:
     def __exit__(self, *error: Any) -> None:
         """Take the bar off the screen."""
         self._open.close()
-
-
-def _communicator() -> Communicator:
-    """MPI's world. Raises UserError when a launcher started more processes than MPI knows of."""
-    try:
-        from mpi4py import MPI
-
-        world: Any = MPI.COMM_WORLD
-    except (ImportError, RuntimeError):
-        world = Alone()
-    expected = int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("PMI_SIZE") or 1)
-    if world.size != expected and world.size == 1:
-        raise UserError(
-            f"started as {expected} tasks, but MPI sees 1: each would do all the work; use srun --mpi=pmi2 or pmix as "
-            "the site's MPI needs, or mpiexec"
-        )
-    return world

@@ -88,8 +88,9 @@ def _cut(found: Turns, turns: str, note: Callable[..., None], wanted: str) -> It
             return note("malformed", reason=f"{wanted}: message {first + 1} {unclear[first]}")
         if reason := next(filter(None, (not_unicode(message["content"]) for message in messages[:end])), None):
             return note("encoding", reason=reason)
-        if ends:
-            yield messages[:end]
+        if not ends:
+            return note("empty", reason="no message of a user says anything")
+        yield messages[:end]
 
 
 def not_unicode(text: str) -> str | None:
@@ -117,7 +118,8 @@ def _prompt(record: Record, section: SeedsSection) -> Turns | None:
 
 def _chat(record: Record, section: SeedsSection) -> Turns | None:
     """Of two fields the one that is filled; tables of text alone hold messages as JSON."""
-    value = next((record[name] for name in ("messages", "conversations") if record.get(name) is not None), None)
+    given = [record[name] for name in ("messages", "conversations") if record.get(name) is not None]
+    value = next(filter(None, given), given[0] if given else None)  # joined tables fill one of the two
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -138,7 +138,7 @@ def read_with_ids(
     section: SeedsSection, tokenizer: Tokenizer | None, but: set[str] | None = None, *, key: str = "seeds"
 ) -> list[Seed]:
     """As `read_seeds`, with the token ids where there is a tokenizer."""
-    policy = section.faults.model_dump(exclude={"max_bytes"}) if key else {}
+    policy = {**(section.faults.model_dump(exclude={"max_bytes"}) if key else {}), "empty": "skip"}
     faults = Faults(policy, section.faults.max_bytes, f"{key}.faults")
     found = list(islice(_wanted(section, tokenizer, set() if but is None else but, faults), section.limit))
     _tell(faults, section)

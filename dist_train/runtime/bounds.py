@@ -29,8 +29,7 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = _address_space() + memory
-    tighter = min([wanted, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)])
+    tighter = min(_limits(_address_space() + memory, soft, hard)) if _STATM.exists() else soft
     handler = signal.signal(signal.SIGVTALRM, _interrupt)
     timer = signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _REPEAT_SECONDS)
     resource.setrlimit(resource.RLIMIT_AS, (tighter, hard))
@@ -40,6 +39,10 @@ def bounded(seconds: float, memory: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.setitimer(signal.ITIMER_VIRTUAL, *timer)
         signal.signal(signal.SIGVTALRM, handler)
+
+
+def _limits(*limits: int) -> list[int]:
+    return [limit for limit in limits if limit != resource.RLIM_INFINITY]
 
 
 def _interrupt(signum: int, frame: object) -> NoReturn:

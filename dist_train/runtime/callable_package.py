@@ -12,8 +12,9 @@ class _CallablePackage(ModuleType):
     """`dist_train.generate` holds modules, as any package, and `dist_train.generate(config)` runs the stage."""
 
     def __call__(self, config: Any) -> int:
-        """Run the stage in this process: `dist_train.api.run.run`, which stands above the stages."""
-        return importlib.import_module("dist_train.api.run").run(config)
+        """Run the stage in this process: see `dist_train.api.run`, which stands above the stages."""
+        name = self.__name__.rpartition(".")[2]
+        return importlib.import_module("dist_train.api.run").stage_function(name)(config)
 
 
 def make_callable(package: str) -> None:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from dist_train.errors import UserError
 from dist_train.runtime.progress import silence
@@ -57,11 +58,12 @@ def launch_mpi(arguments: Sequence[str], processes: int) -> int:
     if mpiexec is None:
         raise UserError("no mpiexec on this machine; pip install 'dist-train[mpi]', load the site's MPI, or --nproc 1")
     command = [mpiexec, "-n", str(processes), sys.executable, "-m", "dist_train", *arguments]
-    return _wait([_start(command, dict(os.environ))], ["mpiexec"])
+    # A session of its own: a terminal's Ctrl-C would reach it twice, from there and from here.
+    return _wait([_start(command, dict(os.environ), start_new_session=True)], ["mpiexec"])
 
 
-def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(command, env=environment, preexec_fn=die_with_parent)
+def _start(command: list[str], environment: dict[str, str], **how: Any) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(command, env=environment, preexec_fn=die_with_parent, **how)
 
 
 def die_with_parent() -> None:

@@ -8,6 +8,7 @@ answers with the name of their meeting.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import socket
 import threading
@@ -24,6 +25,7 @@ from dist_train.runtime.world import World, node_name, on_loopback
 _BACKLOG = 4096
 _SECONDS_TO_ANSWER = 2.0  # at a port that may be anybody's
 _SECONDS_BETWEEN_ROUNDS = 0.2
+_meetings = itertools.count()  # of this process: stages may follow each other in it
 
 
 def meet(world: World, patience: timedelta) -> tuple[Any, int]:
@@ -38,12 +40,13 @@ def meet(world: World, patience: timedelta) -> tuple[Any, int]:
 
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=patience))
         return store, world.master_port
+    meeting = f"{world.meeting}.{next(_meetings)}"
     if world.is_first:
         listener, port = _open(world, world.ports)
         if len(world.ports) > 1:
             door = listener  # whoever comes there is told where the store is
             listener, port = _open(world, world.ports[world.ports.index(port) + 1 :])
-            threading.Thread(target=_tell, args=(door, f"{world.meeting} {port}\n"), daemon=True).start()
+            threading.Thread(target=_tell, args=(door, f"{meeting} {port}\n"), daemon=True).start()
         address = "127.0.0.1" if on_loopback(world.master_addr) else world.master_addr
         descriptor = listener.detach()
         store = TCPStore(
@@ -51,7 +54,7 @@ def meet(world: World, patience: timedelta) -> tuple[Any, int]:
         )
         return store, port
     deadline = time.monotonic() + patience.total_seconds()
-    port = _find(world, deadline) if len(world.ports) > 1 else world.master_port
+    port = _find(world, meeting, deadline) if len(world.ports) > 1 else world.master_port
     try:
         left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
         return TCPStore(world.master_addr, port, is_master=False, timeout=left, wait_for_workers=False), port
@@ -81,20 +84,20 @@ def _open(world: World, ports: Sequence[int]) -> tuple[socket.socket, int]:
 
 
 def _tell(door: socket.socket, line: str) -> None:
+    """Answer whoever comes, as long as this process lives."""
     while True:
-        with suppress(OSError):  # who came is gone again
-            connection, _ = door.accept()
-            with connection:
-                connection.sendall(line.encode())
+        connection, _ = door.accept()
+        with connection, suppress(OSError):  # who came is gone again
+            connection.sendall(line.encode())
 
 
-def _find(world: World, deadline: float) -> int:
+def _find(world: World, meeting: str, deadline: float) -> int:
     """The port of the store, asked for at each port where it may be told."""
     began = time.monotonic()
     while time.monotonic() < deadline:
         for port in world.ports:
-            meeting, _, told = _asked(world.master_addr, port).partition(" ")
-            if meeting == world.meeting and told.isdecimal():
+            name, _, told = _asked(world.master_addr, port).partition(" ")
+            if name == meeting and told.isdecimal():
                 return int(told)
         time.sleep(_SECONDS_BETWEEN_ROUNDS)
     raise UserError(_unanswered(world, world.master_port, time.monotonic() - began))

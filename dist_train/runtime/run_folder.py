@@ -16,8 +16,10 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import NonNegativeInt, PositiveInt
+
 from data_shards.errors import DataError
-from data_shards.files import file_xxh64, inside, read_json
+from data_shards.files import FileRecord, Form, file_xxh64, inside, read_json
 from dist_train.errors import UserError
 
 CONFIG = "config.yaml"
@@ -29,6 +31,45 @@ CHECKPOINTS = "checkpoints"
 LATEST = "latest"  # in a run's checkpoint folder: the name of the newest one
 MANIFEST = "manifest.json"
 MODEL = "model"  # in a checkpoint: the drafter as a Hugging Face folder
+
+
+class Target(Form):
+    """What a run was aligned with, as its manifests have it."""
+
+    path: str
+
+
+class Loader(Form):
+    """Where a run's data stand."""
+
+    step: NonNegativeInt
+
+
+class State(Form):
+    """What a training loop goes on from."""
+
+    loader: Loader
+    objective: dict[str, Any]
+    guard: dict[str, Any]
+    drafter: dict[str, Any]
+    probe_loss: float
+    tokenizer: str
+    target: Target | None
+
+
+class Manifest(Form):
+    """What is in a checkpoint."""
+
+    step: NonNegativeInt
+    world_size: PositiveInt
+    updates: NonNegativeInt
+    files: dict[str, FileRecord]
+    state: State
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint. Raises DataError where it is torn, changed, or not of this version."""
+    return read_json(checkpoint / MANIFEST, Manifest)
 
 
 def committed(folder: Path) -> list[Path]:
@@ -54,14 +95,12 @@ def verify(folder: Path, below: str = "") -> list[str]:
     byte of them. Raises UserError where this user may not read it: that says nothing of its state.
     """
     try:
-        files = read_json(folder / MANIFEST)["files"]
+        files = read_manifest(folder)["files"]
         named = {name: (inside(folder, name), record) for name, record in files.items() if name.startswith(below)}
     except DataError as error:
         if isinstance(error.__cause__, OSError):
             raise UserError(str(error)) from error
         return [str(error)]
-    except (KeyError, AttributeError):
-        return [f"{folder / MANIFEST}: names no files"]
     found = []
     for name, (path, record) in named.items():
         try:

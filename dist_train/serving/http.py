@@ -80,6 +80,8 @@ class Client:
                     answer = self._object(words)
                     self._answered = time.monotonic()
                     return answer
+                if 300 <= status < 400:
+                    raise StrangeAnswerError(f"{self.url}{path}: sends elsewhere ({status}); set that address")
                 if status < 500 and status not in _BUSY:
                     raise RefusedError(status, _said(words))
                 problem = f"{status} {_said(words)}"
@@ -176,9 +178,12 @@ class Client:
         )
 
     def _object(self, words: bytes) -> dict[str, Any]:
-        answer = parse_json(words)
+        try:
+            answer = parse_json(words)
+        except ValueError:
+            answer = None
         if not isinstance(answer, dict):
-            raise ValueError(f"the answer is not a JSON object: {words[:80]!r}")
+            raise StrangeAnswerError(f"{self.url}: answers no JSON object but {words[:60]!r}; is it the API's address?")
         return answer
 
 

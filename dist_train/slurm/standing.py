@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
-from data_shards.files import read_json
+from pydantic import NonNegativeInt, PositiveInt, Strict
+
+from data_shards.files import Form, read_json
 from data_shards.format import INDEX
-from data_shards.inputs import InputFile, is_cut_by_size, plan_units
+from data_shards.inputs import InputFile, count_units
 from data_shards.prepare import PLAN
 from dist_train.runtime.run_folder import CHECKPOINTS, committed
 
@@ -16,6 +19,19 @@ _UNITS = {"prepare": "shard", "generate": "batch", "evaluate": "batch"}
 _PIECES = {"prepare": "shard-*.json", "generate": "unit-*.parquet", "evaluate": "units/unit-*.json"}
 _LAST = {"prepare": INDEX, "generate": "_complete.json", "evaluate": "units/_complete.json"}  # each written last
 STAGES = (*TRAINING, *_UNITS)
+
+
+class _Index(Form):
+    shards: list[dict[str, Any]]
+
+
+class _Complete(Form):
+    units: NonNegativeInt
+
+
+class _Plan(Form):
+    inputs: list[Annotated[tuple[str, NonNegativeInt], Strict(False)]]
+    unit_bytes: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -44,9 +60,9 @@ def standing(stage: str, folder: Path, steps: int | None = None) -> Standing:
     if not last.exists():
         return Standing(done, _planned(folder) if stage == "prepare" else None, _UNITS[stage], False)
     if stage == "prepare":  # the index took the place of the pieces' own records
-        done = total = len(read_json(last)["shards"])
+        done = total = len(read_json(last, _Index)["shards"])
     else:
-        total = read_json(last)["units"]
+        total = read_json(last, _Complete)["units"]
     return Standing(done, total, _UNITS[stage], done >= total)
 
 
@@ -54,8 +70,5 @@ def _planned(folder: Path) -> int | None:
     """Shards that a corpus which was begun will have; None where only the files themselves tell how they are cut."""
     if not (folder / PLAN).exists():
         return None
-    plan = read_json(folder / PLAN)
-    files = [InputFile(*file) for file in plan["inputs"]]
-    if not all(is_cut_by_size(file.path) for file in files):
-        return None
-    return len(plan_units(files, plan["unit_bytes"]))
+    plan = read_json(folder / PLAN, _Plan)
+    return count_units([InputFile(*file) for file in plan["inputs"]], plan["unit_bytes"])

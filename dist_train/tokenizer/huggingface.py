@@ -9,8 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_shards.errors import first_line
+from data_shards.errors import first_line, shown
 from dist_train.errors import UserError
+from dist_train.runtime.process_group import quiet_libraries
 from dist_train.tokenizer.base import Tokenizer
 from dist_train.tokenizer.chat import ChatTemplate, Templates
 from dist_train.tokenizer.special import SpecialTokens
@@ -25,6 +26,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, source: str) -> None:
         from transformers import AutoTokenizer
 
+        quiet_libraries()
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)  # None asks
         except Exception as error:  # what tokenizers raises for a torn file is no narrower
@@ -36,6 +38,9 @@ class HuggingFaceTokenizer(Tokenizer):
             raise UserError(f"{source}: no tokenizer in it: none of {', '.join(sorted(names))}; {_MEND}")
         if not hasattr(self._tokenizer, "backend_tokenizer"):
             raise UserError(f"{source}: its tokenizer runs in Python alone; {_MEND}")
+        if not isinstance(self._tokenizer.model_max_length, int | float):
+            told = shown(repr(self._tokenizer.model_max_length))
+            raise UserError(f"{source}: tokenizer_config.json: model_max_length is {told}, no number; correct it")
         if self._tokenizer.eos_token_id is None:
             raise UserError(f"{source}: its tokenizer has no end-of-sequence token; name one in tokenizer_config.json")
         self.source = source

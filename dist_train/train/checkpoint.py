@@ -32,12 +32,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data_shards import DataError
-from data_shards.files import file_xxh64, read_json, write_atomically, write_json
+from data_shards.files import file_xxh64, write_atomically, write_json
 from dist_train.config import CheckpointSection
 from dist_train.errors import UserError
 from dist_train.models.drafter import answers_end
 from dist_train.runtime.process_group import Runtime
-from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
+from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, read_manifest, verify
 from dist_train.train.lease import Lease
 from dist_train.train.state import EMA, WEIGHT, DrafterState
 
@@ -228,7 +228,7 @@ class Checkpoints:
         for folder in reversed(folders):
             misfits = verify(folder)
             if not misfits:
-                return folder, read_json(folder / MANIFEST)
+                return folder, read_manifest(folder)
             print(
                 f"warning: {folder} is damaged ({'; '.join(misfits[:3])}); going back to the one before",
                 file=sys.stderr,

@@ -40,7 +40,7 @@ class StepControl:
 
     def begin(self, leave_out: Tensor) -> None:
         """The engine's step that comes next moves nothing where `leave_out`, a bool on the device, is true."""
-        self._wanted, self._found = leave_out.float(), None
+        self._wanted, self._found, self.norm = leave_out.float(), None, None
         self.left_out = torch.ones_like(self._wanted)  # unless AdamW is reached, which DeepSpeed decides, too
 
     def _before(self, optimizer: Any, *_: Any) -> None:
@@ -52,11 +52,14 @@ class StepControl:
                 self._found = torch.maximum(self._found, (~norm.isfinite() | (norm < 0)).float())
                 if self._clip:
                     self._scale = ((norm + 1e-6) / self._clip).clamp_min(1)
-        optimizer.found_inf, optimizer.grad_scale = self._found, self._scale
+        # Not left to AdamW, which would copy them to an optimizer on the CPU without waiting for them to arrive.
+        device = next(tensor.device for group in optimizer.param_groups for tensor in group["params"])
+        optimizer.found_inf = self._found.to(device)
+        optimizer.grad_scale = None if self._scale is None else self._scale.to(device)
 
     def _measure_norm(self, optimizer: Any) -> Tensor:
         if self._engine.optimizer is not optimizer:
-            return self._engine.optimizer._global_grad_norm.float()
+            return self._engine.optimizer._global_grad_norm.float().to(self._wanted.device)
         gradients = [tensor.grad for group in optimizer.param_groups for tensor in group["params"]]
         return torch.nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None])
 
@@ -107,10 +110,12 @@ class LossGuard:
         self.skipped += 1
         self._skipped_on_end += 1
         if self._skipped_on_end >= self._max_skipped:
+            reason = f"the loss {loss:.4g} is a spike" if spike else "the gradient is not finite"
+            if not math.isfinite(loss):
+                reason = f"the loss is {loss}"
             raise UserError(
-                f"step {step}: the {'loss is ' + str(loss) if not math.isfinite(loss) else 'gradient is not finite'}, "
-                f"as the {self._skipped_on_end}th step on end ({samples}); no step of them was taken, the newest "
-                "checkpoint is from before or among them; lower train.learning_rate, or look at these samples"
+                f"step {step}: {reason}, and {self._skipped_on_end} steps in a row were left out ({samples}); the "
+                "newest checkpoint is from before or among them; lower train.learning_rate, or look at these samples"
             )
 
     def state_dict(self) -> dict[str, Any]:

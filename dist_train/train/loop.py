@@ -87,13 +87,14 @@ class Training:
                     values = self._optimizer_step(batches, stop)
                 self.step += 1
                 known = {"progress/tokens": self.tokens, "train/lr": learning_rate(self.step - 1, self.config.train)}
-                outcomes.append(Outcome(self.step, known, values, self.phases.take()))
+                marks = self.phases.take()
                 if self.held_out is not None and self.held_out.due(self.step, last_step):
                     known |= self.held_out.measure(self.module)
+                outcomes.append(Outcome(self.step, known, values, marks))
                 is_due = self.checkpoints.due(self.step, last_step)
-                stopping = self._read(outcomes, but=0 if is_due else 1)
+                stopping = self._read(outcomes, keep=0 if is_due else 1)
                 if stopping or is_due:
-                    stopping |= self._read(outcomes, but=0)
+                    stopping |= self._read(outcomes, keep=0)
                     self.save()
                 watchdog.beat(self.step)
                 trace_step()
@@ -145,20 +146,20 @@ class Training:
         values |= {"train/loss": loss_sum, "spike": spike, "left_out": self.control.left_out}
         norm = engine.get_global_grad_norm() if self.control.norm is None else self.control.norm
         if norm is not None:
-            values["train/grad_norm"] = torch.as_tensor(norm)
+            values["train/grad_norm"] = torch.as_tensor(norm, dtype=torch.float64, device=self.runtime.device)
         if target:
             objective.observe(means.pop("mu"))
             values |= {f"train/{name}": value for name, value in means.items()}
         return values
 
-    def _read(self, outcomes: deque[Outcome], but: int) -> bool:
-        """Log what came of all steps `but` the newest ones; True when any rank was told to stop.
+    def _read(self, outcomes: deque[Outcome], keep: int) -> bool:
+        """Log what came of all steps but the newest `keep`; True when any rank was told to stop.
 
         Commits a checkpoint that all ranks have written. Raises UserError, on all ranks, when another process has taken
         over the run, and when too many steps on end were left out.
         """
         stopping = False
-        while len(outcomes) > but:
+        while len(outcomes) > keep:
             outcome = outcomes.popleft()
             values = outcome.read()
             told, writers_done, lost = (values.pop(name) for name in _SIGNS)

@@ -30,6 +30,7 @@ _MENDS = {
     "drafter gradients": "train.deepspeed=zero2",
     "gradients on their way": "a smaller reduce_bucket_size in the DeepSpeed configuration",
     "optimizer": "train.deepspeed=zero2, or zero2-offload",
+    "averaged weights": "train.deepspeed=zero2",
     "activations": "a smaller train.micro_batch, or train.gradient_checkpointing=true",
     "logit chunks": "a smaller loss.chunk_size",
     "target weights": "target.sharding=zero3 or tp, more ranks, or target.offload=true",
@@ -64,8 +65,11 @@ def memory_estimate(
         "drafter weights": width * drafter / shard["weights"],
         "drafter gradients": _gradient_width(deepspeed, width) * drafter / shard["gradients"],
         "gradients on their way": _on_their_way(deepspeed, shape, drafter, width, on_gpu),
-        # AdamW's two moments in fp32, and beside them an fp32 copy of the weights, save for fp32 without ZeRO.
-        "optimizer": (12 if width == 2 or stage else 8) * drafter / shard["optimizer"],
+        # AdamW's two moments in fp32, and beside them an fp32 copy of the weights, save for fp32 without ZeRO;
+        # and the average of the weights, where one is kept.
+        "optimizer": ((12 if width == 2 or stage else 8) + (4 if config.train.ema_decay else 0))
+        * drafter
+        / shard["optimizer"],
     }
     target = config.target if needs_target(config.objective) else None
     rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), tokens)
@@ -102,8 +106,8 @@ def _on_their_way(deepspeed: dict[str, Any], shape: Any, drafter: int, width: in
 
     They are as large as `reduce_bucket_size` says, however small the drafter is; on a CPU pages that nothing is written
     to take no memory. One more is filled while the first is sent; ZeRO 1 fills them with what was accumulated, ZeRO 2
-    and 3 with what the backward pass gives. What is sent is a copy, of one bucket or of the largest weight, whichever
-    is larger.
+    with what the backward pass gives; ZeRO 3 has one, as wide as what is sent. That is a copy, of one bucket or of the
+    largest weight, whichever is larger.
     """
     zero = deepspeed.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -111,10 +115,10 @@ def _on_their_way(deepspeed: dict[str, Any], shape: Any, drafter: int, width: in
         return 0
     size = int(zero.get("reduce_bucket_size", 500_000_000))
     filled = min(size, drafter)
-    buckets = 2 if zero.get("overlap_comm") else 1
+    buckets = 2 if zero.get("overlap_comm") and stage < 3 else 1
     sent = min(drafter, max(filled, shape.vocab_size * shape.hidden_size))
-    staged = _gradient_width(deepspeed, width) if stage == 1 else width
     sent_width = _dtype_bytes(deepspeed.get("communication_data_type"), width)
+    staged = {1: _gradient_width(deepspeed, width), 2: width, 3: sent_width}[stage]
     return buckets * staged * (size if on_gpu else filled) + sent_width * sent
 
 

@@ -66,8 +66,19 @@ def test_launch_starts_processes_of_its_own(tiny, tmp_path):
 def test_bad_input_is_raised_before_anything_starts(tmp_path):
     with pytest.raises(dt.DataError, match="no such input file"):
         dt.launch(dt.PrepareConfig(inputs="/nowhere", tokenizer="/no", out=tmp_path), processes=2)
+    with pytest.raises(dt.UserError, match="0 processes: at least 1"):
+        dt.launch(dt.PrepareConfig(inputs="/nowhere", tokenizer="/no", out=tmp_path), processes=0)
+    with pytest.raises(dt.UserError, match=r"nowhere.yaml: cannot be read"):
+        dt.load_config(dt.DistillConfig, "nowhere.yaml", ["train.steps=1"])
     with pytest.raises(dt.UserError, match=r"unknown key train.leraning_rate; did you mean train.learning_rate"):
         dt.load_config(dt.DistillConfig, None, ["train.leraning_rate=1"])
+
+
+def test_a_stage_takes_its_own_configuration_alone(tmp_path):
+    config = dt.PrepareConfig(inputs="/nowhere", tokenizer="/no", out=tmp_path)
+    for stage in (dt.generate, dt.distill):
+        with pytest.raises(TypeError, match=r"takes a (Generate|Distill)Config, not that of prepare"):
+            stage(config)
 
 
 def test_every_public_name_is_there():

@@ -109,18 +109,31 @@ def outside(content):
     )
 
 
+OTHER = "index.json: not as this version writes it: "
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (outside, "names '../other/shard-00000.tokens', which is outside"),
         (lambda content: content["shards"][0].update(name="/etc/shard-00000"), "names '/etc/shard-00000'"),
-        (lambda content: content["shards"][0].update(name=7), "names 7"),
-        (lambda content: content.pop("shards"), "index.json: no index of a corpus"),
-        (lambda content: content.update(shards=3), "index.json: no index of a corpus"),
-        (lambda content: content["encoding"].update(more=1), "index.json: no index of a corpus"),
+        (lambda content: content["shards"][0].update(name="a\0"), r"names 'a\x00', which is outside"),
+        (
+            lambda content: content["shards"][0].update(name=7),
+            OTHER + "shards.0.name",
+        ),
+        (lambda content: content.pop("shards"), OTHER + "shards: Field required"),
+        (lambda content: content.update(shards=3), OTHER + "shards: "),
+        (lambda content: content.update(tokens=4), "tokens are 4, those of the shards 3"),
+        (
+            lambda content: content["encoding"].update(more=1),
+            OTHER + "encoding.more",
+        ),
+        (lambda content: content["shards"][0]["files"]["shard-00000.tokens"].pop("xxh64"), "xxh64: Field required"),
+        (lambda content: content["shards"][0].update(faults={"counts": {}, "named": [[[], [], []]]}), "faults.named.0"),
     ],
 )
-def test_an_index_names_files_of_its_own_folder(tmp_path, change, message):
+def test_an_index_is_what_this_version_writes_of_its_own_folder(tmp_path, change, message):
     write(tmp_path / "other", [[1, 2, 3]])
     write(tmp_path / "c", [[1, 2, 3]])
     content = read_json(tmp_path / "c" / "index.json")

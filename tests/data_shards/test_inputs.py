@@ -20,7 +20,16 @@ import pytest
 
 from data_shards.errors import DataError, listed, shown
 from data_shards.faults import KINDS, Faults
-from data_shards.inputs import find_files, is_cut_by_size, place, plan_units, read_located, read_records
+from data_shards.inputs import (
+    InputFile,
+    count_units,
+    find_files,
+    is_cut_by_size,
+    place,
+    plan_units,
+    read_located,
+    read_records,
+)
 
 NOTES = [{"text": f'Note {i}: naïve 日本 🙂 \\ " [{{', "n": i, "list": [[], {}, ["]"]]} for i in range(40)]
 
@@ -107,6 +116,15 @@ def test_lines_in_a_file_named_json_are_lines(tmp_path):
         (unit.start, unit.stop) for unit in plan_units(find_files(str(tmp_path / "a.jsonl")), 100)
     ]
     assert is_cut_by_size("a.jsonl") and not is_cut_by_size("a.json.gz")
+
+
+def test_units_are_counted_without_making_them(tmp_path):
+    for name, size in (("a.jsonl", 0), ("b.jsonl", 1), ("c.txt", 100), ("d.jsonl.gz", 250), ("e.jsonl", 201)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    files = find_files(str(tmp_path))
+    assert count_units(files, 100) == len(plan_units(files, 100)) == 0 + 1 + 1 + 1 + 3
+    assert count_units([InputFile("a.jsonl", 10**30)], 1) == 10**30
+    assert count_units([InputFile("a.json", 3)], 1) is None
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,37 @@ def test_what_cannot_be_compared_is_refused(tmp_path, refused):
     assert "is named twice" in refused("evaluate", "--compare", f"x={a}", f"y={a}")
     assert "no drafter 'z'" in refused("evaluate", "--compare", a, f"{a}:z")
     assert "not 'gammas=[3]'" in refused("evaluate", "gammas=[3]", "--compare", a, a)
+    fewer = folder(tmp_path / "f", 0.0)
+    seal(fewer / "counts.json", lambda content: [content["cells"][0][key].pop() for key in ("tokens", "calls")])
+    assert "counts.json are of other conditions or prompts" in refused("evaluate", "--compare", a, fewer)
     content = json.loads((a / "counts.json").read_text())
     content["cells"][0]["tokens"][0] += 1
     (a / "counts.json").write_text(json.dumps(content))
     assert "checksum" in refused("evaluate", "--compare", a, cases["gamma 5"])
+
+
+def seal(path, change):
+    """Change a file, and its checksum with it: as of another version of dist-train."""
+    content = read_json(path)
+    change(content)
+    write_json(path, content)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "told"),
+    [
+        ("counts.json", lambda content: content["cells"][0]["tokens"].append([]), "cells.0.tokens.40: "),
+        ("counts.json", lambda content: content["cells"][0].update(calls=["1"] * PROMPTS), "cells.0.calls.0: "),
+        ("counts.json", lambda content: content["cells"][0].update(calls=[0] * PROMPTS), "cells.0.calls.0: "),
+        ("counts.json", lambda content: content["cells"][0]["tokens"].pop(), "39 counts of tokens and 40 of calls"),
+        ("counts.json", lambda content: content.pop("cells"), "cells: Field required"),
+        ("results.json", lambda content: content["rows"][0].pop("temperature"), "rows.0.temperature: Field required"),
+        ("results.json", lambda content: content.update(drafters=[]), "drafters: "),
+        ("results.json", lambda content: content["target"].pop("weights"), "target.weights: Field required"),
+    ],
+)
+def test_results_of_another_form_are_named(tmp_path, refused, file, change, told):
+    a, b = (folder(tmp_path / name, 0.0) for name in "ab")
+    seal(a / file, change)
+    complaint = refused("evaluate", "--compare", a, b)
+    assert f"{a / file}: not as this version writes it: " in complaint and told in complaint

@@ -8,10 +8,10 @@ from functools import partial
 
 import pytest
 import torch
+from model_folders import STAGES, commands
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32\nsize 12345\n"
-STAGES = ("prepare", "generate", "evaluate", "check")
 
 
 def change(folder, file, **values):
@@ -65,6 +65,11 @@ def pad_of_huggingface(folder):
     tokenizer.add_special_tokens({"pad_token": "<pad>"})
     assert tokenizer.pad_token_id == 320
     tokenizer.save_pretrained(folder)
+
+
+def length_is_a_mapping(folder):
+    (folder / "tokenizer.model").unlink()
+    change(folder, "tokenizer_config.json", model_max_length={"value": 5})
 
 
 def loaded(*line):
@@ -132,6 +137,15 @@ FOLDERS = {
         loaded("model.safetensors.index.json", "'../target/model.safetensors'"),
     ),
     "adapter": (adapter, read("an adapter of own/base", "merge")),
+    "index_names_nothing": (
+        partial(index, content='{"weight_map": {"lm_head.weight": "a\\u0000"}}'),
+        loaded("model.safetensors.index.json", "'a\\x00'"),
+    ),
+    "length_is_a_mapping": (
+        length_is_a_mapping,
+        dict.fromkeys(STAGES, ("tokenizer_config.json: model_max_length is {'value': 5}, no number",)),
+    ),
+    "no_such_rope": (config(rope_parameters={"rope_type": "{% for", "rope_theta": 1e4}), loaded("'{% for'")),
 }
 
 
@@ -140,21 +154,8 @@ def test_each_folder_serves_or_is_told_in_one_line(tiny, command, tmp_path, name
     alter, refusals = FOLDERS[name]
     folder = shutil.copytree(tiny.target, tmp_path / name)
     alter(folder)
-    answers = ["max_new_tokens=8", f"target.path={folder}"]
-    commands = {
-        "prepare": [f"inputs={tiny.chat_lines}", f"tokenizer={folder}", f"out={tmp_path / 'x'}", "format=chat"],
-        "generate": [*answers, f"seeds.inputs={tiny.chat_lines}", f"out={tmp_path / 'y'}", "--dry-run"],
-        "evaluate": [
-            *answers,
-            f"drafters={{a: {tiny.drafter}}}",
-            f"tasks=[{{name: chat, inputs: {tiny.chat_lines}}}]",
-            f"out={tmp_path / 'z'}",
-            "--dry-run",
-        ],
-        "check": ["--check", folder, f"drafter={tiny.drafter}"],
-    }
-    for stage, words in commands.items():
-        code, said, complaint = command("export" if stage == "check" else stage, *words)
+    for stage, words in commands(folder, tiny.drafter, tiny.chat_lines, tmp_path).items():
+        code, said, complaint = command(*words)
         expected = refusals.get(stage, 0)
         if isinstance(expected, int):
             assert code == expected, (stage, said, complaint)
@@ -168,3 +169,8 @@ def test_each_folder_serves_or_is_told_in_one_line(tiny, command, tmp_path, name
 def test_a_file_of_a_tokenizer_is_not_the_tokenizer(tiny, refused, tmp_path, name):
     complaint = refused("prepare", f"inputs={tiny.chat_lines}", f"tokenizer={tiny.tokenizer / name}", f"out={tmp_path}")
     assert f"set tokenizer to its folder, {tiny.tokenizer}" in complaint
+
+
+def test_a_drafter_that_is_not_there_is_told_by_its_name(tiny, refused, tmp_path):
+    words = commands(tiny.target, "0x1F", tiny.chat_lines, tmp_path)["evaluate"]
+    assert "drafter a: 0x1F: no run, checkpoint or Hugging Face model here" in refused(*words)

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from data_shards import DataError
 from dist_train.config import PrepareConfig
-from dist_train.errors import UserError
 from dist_train.prepare.encoders import ChatEncoder
 from dist_train.tokenizer import load_tokenizer
 
@@ -35,7 +35,7 @@ def test_only_texts_need_a_template(tiny, tmp_path):
     bare = load_tokenizer(tmp_path / "tokenizer.model")
     found = encoder(bare, tmp_path)([{"prompt_ids": [1, 5], "response_ids": [6, 2]}])
     assert found.ids.tolist() == [1, 5, 6, 2]
-    with pytest.raises(UserError, match=r"has no chat template; name .* chat_template=FILE"):
+    with pytest.raises(DataError, match=r"has no chat template; name .* chat_template=FILE"):
         encoder(bare, tmp_path)(RECORDS)
 
 

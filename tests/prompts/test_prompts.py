@@ -327,3 +327,15 @@ def test_anything_that_datasets_loads(tmp_path):
     assert read_seeds(section) == [[user("a?\n\nc")], [user("b?")]]
     with pytest.raises(UserError, match=r"dataset .*nowhere"):
         read_seeds(SeedsSection(dataset={"path": str(tmp_path / "nowhere")}))
+
+
+def test_a_conversation_in_which_no_user_speaks_is_counted(tmp_path, capfd):
+    records = [
+        {"messages": [], "conversations": [{"from": "human", "value": "b"}]},  # as joined tables have it
+        {"messages": []},
+        {"messages": [{"role": "assistant", "content": "hello"}]},
+    ]
+    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    section = SeedsSection(inputs=str(tmp_path / "seeds.jsonl"), format="chat")
+    assert read_seeds(section) == [[user("b")]]
+    assert "2 empty left out" in capfd.readouterr().err

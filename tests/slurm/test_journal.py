@@ -235,6 +235,26 @@ def test_torn_and_strange_lines_of_a_journal_are_passed_over(tmp_path):
     assert [line["event"] for line in journal.read(tmp_path)["12"]] == ["submitted"]
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("index.json", {"shards": 3}, "shards: "),
+        ("plan.json", {"inputs": [["a.jsonl", "9"]], "unit_bytes": 9}, "inputs.0.1: "),
+        ("plan.json", {"inputs": [["a.jsonl", 9]], "unit_bytes": 0}, "unit_bytes: "),
+        ("units/_complete.json", {"done": 3}, "units: Field required"),
+    ],
+)
+def test_status_names_a_file_of_another_form(tmp_path, refused, file, content, told):
+    (tmp_path / "units").mkdir() if "units" in file else None
+    write_json(tmp_path / file, content)
+    assert f"{tmp_path / file}: not as this version writes it: {told}" in refused("status", tmp_path)
+
+
+def test_status_of_a_plan_of_any_size(tmp_path, command):
+    write_json(tmp_path / "plan.json", {"inputs": [["a.jsonl", 2**60]], "unit_bytes": 1})
+    assert command("status", tmp_path)[:2] == (0, f"prepare: 0 of {2**60:,} shards\n")
+
+
 def test_standing_counts_what_is_committed(tmp_path):
     for name in ("step-00000005", "step-00000010", "step-00000015.tmp"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)

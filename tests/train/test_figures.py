@@ -118,7 +118,7 @@ class TestLossGuard:
         guard = self.guard()
         for step, applied in enumerate([False, False, True, False, False], start=1):
             guard.count(applied=applied, spike=False, loss=math.nan, step=step, samples="samples 0 to 7 of the order")
-        with pytest.raises(UserError, match="step 6: the gradient is not finite, as the 3th step on end"):
+        with pytest.raises(UserError, match="step 6: the gradient is not finite, and 3 steps in a row were left out"):
             guard.count(applied=False, spike=False, loss=2.0, step=6, samples="samples 40 to 47 of the order")
 
 
