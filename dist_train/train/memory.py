@@ -20,9 +20,9 @@ from dist_train.train.engine import deepspeed_config
 
 _GIB = 2**30
 _PROCESS = 450 * 2**20  # PyTorch, DeepSpeed and transformers, imported
-# Assumed, not measured here, of a GPU besides tensors: the context with its kernels, 0.3 to 1 GB a process by the NAIRR
-# pilot's guide to GPU estimates; with several ranks the channels and buffers of a NCCL communicator, with which a process
-# was seen to take 1.6 GB in all after its first all-reduce (NVIDIA/nccl, issue 864).
+# Of a GPU besides tensors, assumed and not measured here: the context with its kernels, 0.3 to 1 GB a process by the
+# NAIRR pilot's guide to GPU estimates; with several ranks the channels and buffers of a NCCL communicator, with which a
+# process was seen to take 1.6 GB in all after its first all-reduce (NVIDIA/nccl, issue 864).
 _CONTEXT = 512 * 2**20
 _NCCL = 1024 * 2**20
 _MENDS = {

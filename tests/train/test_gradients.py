@@ -44,8 +44,8 @@ with started() as runtime:
         if not last or runs == 0:
             engine.step()
         runs += last
-    events = [event for event in profiled.events() if event.name.startswith(("gloo:", "autograd::engine"))]
-    first = min(event.time_range.start for event in events if event.name.startswith("gloo:"))
+    events = [event for event in profiled.events() if event.name.startswith(("c10d::", "autograd::engine"))]
+    first = min(event.time_range.start for event in events if event.name.startswith("c10d::"))
     over = max(event.time_range.start for event in events if event.name.startswith("autograd::engine"))
     print("early", first < over)
 
