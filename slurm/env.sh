@@ -25,6 +25,12 @@ export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$local_disk/torch_extensions
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$local_disk/triton}
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$local_disk/inductor}
 
+# -- GPU memory -------------------------------------------------------------------------------------------------
+# PyTorch grows its blocks in place, instead of leaving gaps between them:
+if [[ -z ${PYTORCH_ALLOC_CONF:-} ]]; then
+    export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
+fi
+
 # -- Compute nodes without internet -----------------------------------------------------------------------------
 # Fetch on the login node, into a folder that all nodes see:
 #   HF_HOME=/shared/huggingface hf download meta-llama/Llama-2-7b-chat-hf        target and its tokenizer

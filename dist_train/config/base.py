@@ -52,6 +52,14 @@ class TargetSection(Section):
     attention: Attention = "auto"
     """in training; auto: packed documents without masks, each by itself or all in one variable-length kernel, where the
     model's family allows it; else as transformers names it"""
+    compile: bool = False
+    """in training, replicate: torch.compile its blocks: pays on a GPU after a minute or two of compiling"""
+
+    @model_validator(mode="after")
+    def _whole_where_compiled(self) -> TargetSection:
+        if self.compile and self.sharding != "replicate":
+            raise ValueError(f"compile: blocks of a target that is cut by {self.sharding} run eagerly; set it to false")
+        return self
 
 
 class DatasetSection(Section):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from dist_train.runtime.world import tell_once
+
+_TOLD: set[int] = set()
 # A chunk is what the heads are multiplied for: two tensors of logits are alive. Fewer rows than the least would leave
 # the products waiting for the weights to be read and the weight's gradient to be written.
 _CHUNK_ELEMENTS = {"cpu": 5 << 20, "cuda": 1 << 26}
@@ -42,13 +45,26 @@ def affordable_rows(vocab_size: int, device: torch.device, *, alone: bool = Fals
     On a CPU a chunk is small beside what a model needs. Sizes change in such steps only, because the order in which
     sums are rounded changes with them.
     """
-    rows = chunk_rows(vocab_size, device.type != "cpu", alone=alone, fused=fused)
+    rows = wanted = chunk_rows(vocab_size, device.type != "cpu", alone=alone, fused=fused)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         while rows > 16 and 2 * 4 * rows * vocab_size > _FREE_SHARE * free:
             rows //= 2
+    if rows < wanted:
+        _tell_shrunk(wanted, rows)
     return rows
+
+
+def _tell_shrunk(wanted: int, rows: int) -> None:
+    """Once a process: that a chunk is smaller than is fast, and the mend."""
+    if wanted in _TOLD:
+        return
+    _TOLD.add(wanted)
+    tell_once(
+        f"loss: {rows} rows of logits at a time, where {wanted} would be faster: little GPU memory is free; a smaller "
+        "train.micro_batch leaves more, loss.chunk_size sets the rows"
+    )
 
 
 def block_rows(vocab_size: int, device: torch.device, *, fused: bool = False) -> int:

@@ -136,6 +136,15 @@ def use_attention(model: Any, wanted: str, path: str) -> None:
         model.set_attn_implementation(before)
 
 
+def compile_blocks(decoder: Any) -> None:
+    """torch.compile each block of a decoder, in place, so that parameters keep their names.
+
+    Between them attention among packed documents stays eager, see `use_attention`.
+    """
+    for block in decoder.layers:
+        block.compile()
+
+
 @torch.no_grad()
 def _two_documents(model: Any) -> Tensor:
     """Hidden states of two documents in one row, [1, 16, D]."""

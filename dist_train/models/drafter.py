@@ -16,7 +16,7 @@ from data_shards.errors import first_line
 from data_shards.files import inside
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.models.attention import Documents, use_attention
+from dist_train.models.attention import Documents, compile_blocks, use_attention
 from dist_train.models.load import SPECIAL, from_pretrained_whole, read_config
 from dist_train.models.weights import refuse_unreadable_weights
 from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
@@ -173,8 +173,7 @@ class TrainableDrafter(nn.Module):
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if compiled:
-            for block in model.get_decoder().layers:  # in place, so that parameters keep their names
-                block.compile()
+            compile_blocks(model.get_decoder())
         self.model = model
 
     def forward(

@@ -21,7 +21,7 @@ import torch
 from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.models.quantized import quantization_of, refuse_unloadable
-from dist_train.models.sizes import parameters
+from dist_train.models.sizes import layer_parameters, parameters
 from dist_train.models.weights import refuse_unreadable_weights, weight_files
 from dist_train.runtime.process_group import quiet_libraries
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from dist_train.runtime.process_group import Runtime
 
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+ZERO3_AHEAD = 2
+"""Layers of a ZeRO-3 target that are gathered ahead of the one that calculates."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -162,8 +164,9 @@ def load_causal_lm(section: TargetSection, device: torch.device | None = None, *
 
     check_target(section)
     quantized = quantization_of(_read_whole_config(section)) is not None
-    if quantized and device is not None:
-        how["device_map"] = {"": device}  # packed weights are made for a device, and stay there
+    if device is not None and (quantized or device.type != "cpu"):
+        # Straight from the files, without a copy on the host; packed weights are made for a device, and stay there.
+        how["device_map"] = {"": device}
     try:
         model = from_pretrained_whole(
             section.path,
@@ -181,8 +184,6 @@ def load_causal_lm(section: TargetSection, device: torch.device | None = None, *
         if quantized and not isinstance(error, torch.OutOfMemoryError):
             raise UserError(f"{section.path}: the target cannot be loaded: {first_line(error)}") from error
         raise
-    if device is not None and not quantized:
-        model = model.to(device)
     return model.eval().requires_grad_(False)
 
 
@@ -211,9 +212,7 @@ def load_zero3(section: TargetSection, runtime: Runtime) -> Any:
     import deepspeed
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-    # A layer is used once in a step: keeping it gathered until the next, as DeepSpeed does below a billion parameters,
-    # would undo the partitioning.
-    zero: dict[str, Any] = {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 10_000_000}
+    zero = zero3_configuration(section)
     if section.offload:
         zero["offload_param"] = {"device": "cpu", "pin_memory": runtime.device.type == "cuda"}
     configuration = {
@@ -229,6 +228,20 @@ def load_zero3(section: TargetSection, runtime: Runtime) -> Any:
         del guard
     engine, *_ = deepspeed.initialize(model=model, config=configuration, dist_init_required=False)
     return engine.module.eval()
+
+
+def zero3_configuration(section: TargetSection) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization` of a frozen target: while a layer calculates, the next two are on their way."""
+    layer = layer_parameters(read_target_config(section), trust_remote_code=section.trust_remote_code)
+    return {
+        "stage": 3,
+        # A layer is used once in a step: keeping it gathered until the next, as DeepSpeed does below a billion
+        # parameters, would undo the partitioning.
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": ZERO3_AHEAD * layer,
+        # DeepSpeed's own bound, or it would hold less than the bucket gathered of a target of large layers.
+        "stage3_max_live_parameters": max(1_000_000_000, (ZERO3_AHEAD + 2) * layer),
+    }
 
 
 @contextmanager

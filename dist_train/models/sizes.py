@@ -50,6 +50,15 @@ def parameters(config: Any, *, trust_remote_code: bool = False) -> int:
     return num_parameters(skeleton(config, trust_remote_code=trust_remote_code))
 
 
+def layer_parameters(config: Any, *, trust_remote_code: bool = False) -> int:
+    """Of the largest decoder layer of a model of this configuration."""
+    model = skeleton(config, trust_remote_code=trust_remote_code)
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is None:  # a family that names them otherwise: as much of the whole as there are layers
+        return -(-num_parameters(model) // config.num_hidden_layers)
+    return max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers)
+
+
 def num_parameters(model: PreTrainedModel) -> int:
     """Of a model, over all ranks; tied ones once."""
     return sum(_sizes(_plain(model)).values())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_train.errors import UserError
 from dist_train.losses import Head
-from dist_train.models.attention import Documents, use_attention
+from dist_train.models.attention import Documents, compile_blocks, use_attention
 from dist_train.models.load import (
     config_digest,
     large_blocks_returned,
@@ -72,6 +72,8 @@ class Target:
         }
         self._tolerance = 1e-3 if section.precision == "fp32" else 0.1
         self._check_head(expected, section)
+        if section.compile:  # last, so that nothing is compiled for the short sequences of the checks
+            compile_blocks(self._decoder)
 
     def is_same(self, identity: dict[str, Any]) -> bool:
         """Whether a stored `identity` is of this target: all equal, and its logits of the probe, which every weight has

@@ -11,7 +11,7 @@ from dist_train.plan.machine import Assumptions, Machine
 from dist_train.plan.report import Plan
 from dist_train.plan.shapes import Size, drafter_shape, measure, target_size
 from dist_train.train.engine import deepspeed_config
-from dist_train.train.memory import checkpoint_bytes, kept_checkpoints, memory_estimate
+from dist_train.train.memory import checkpoint_bytes, kept_checkpoints, memory_estimate, replicated_note
 from dist_train.train.timing import flops_per_token
 
 _GIB = 2**30
@@ -41,7 +41,7 @@ def plan_training(config: TrainConfig, machine: Machine, assumed: Assumptions, v
     compute = _compute(plan, config, machine, assumed, drafter, target)
     network = _network(plan, config, machine, assumed, drafter, target)
     _time(plan, config, machine, compute, network, tokens)
-    _memory(plan, config, machine, drafter.shape)
+    _memory(plan, config, machine, drafter.shape, assumed.links)
     _storage(plan, config, assumed, drafter, target, tokens, plan["wall time"])
     if config.on_policy.share:
         plan.notes.append("not counted: the responses that the drafter writes (on_policy)")
@@ -95,18 +95,27 @@ def _network(
 ) -> float:
     """Seconds of a step in which the links are busy."""
     train, ranks = config.train, machine.gpus
-    stage = deepspeed_config(train, ranks).get("zero_optimization", {}).get("stage", 0)
+    deepspeed = deepspeed_config(train, ranks)
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
     accumulation = train.global_batch // (train.micro_batch * ranks)
     others = (ranks - 1) / ranks
-    whole = others * drafter.parameters * (2 if train.precision == "bf16" else 4)
-    # What a rank sends, in turns of the whole model (Rajbhandari et al. 2020, section 7): gradients, then weights.
-    turns, how = {
-        0: (2, "all-reduce of the gradients = 2 turns"),
-        1: (2, "reduce-scatter of the gradients and all-gather of the weights = 2 turns"),
-        2: (accumulation + 1, f"reduce-scatter in each of {accumulation} micro-batches, one all-gather of the weights"),
-        3: (3 * accumulation, f"two all-gathers and a reduce-scatter in each of {accumulation} micro-batches"),
+    width = 2 if train.precision == "bf16" else 4
+    sent_width = 4 if deepspeed.get("communication_data_type") == "fp32" and stage else width
+    # What a rank sends, in turns of the whole model (Rajbhandari et al. 2020, section 7): of gradients, and of weights.
+    gradients, weights, how = {
+        0: (2, 0, "all-reduce of the gradients = 2 turns"),
+        1: (1, 1, "reduce-scatter of the gradients and all-gather of the weights, a turn each"),
+        2: (accumulation, 1, f"reduce-scatter in each of {accumulation} micro-batches, one all-gather of the weights"),
+        3: (
+            accumulation,
+            2 * accumulation,
+            f"two all-gathers and a reduce-scatter in each of {accumulation} micro-batches",
+        ),
     }[stage]
-    sent = plan.add("network", "drafter, a rank and step", turns * whole, "bytes", f"ZeRO {stage}: {how}")
+    each = others * drafter.parameters
+    how = f"ZeRO {stage}: {how}; gradients of {sent_width} bytes, weights of {width}"
+    amount = each * (gradients * sent_width + weights * width)
+    sent = plan.add("network", "drafter, a rank and step", amount, "bytes", how)
     seconds = sent / (machine.bus_bandwidth(ranks) * assumed.links)
     section = config.target
     if target is None or section is None or section.sharding == "replicate":
@@ -115,9 +124,9 @@ def _network(
     if section.sharding == "zero3":
         moved = accumulation * others * width * (target.parameters - target.head_parameters)
         how = f"zero3: all weights but the head's are gathered in each of {accumulation} micro-batches"
-        reach = ranks
+        reach = _target_reach(config, machine)
     else:
-        reach, shape = section.tp_size, target.shape
+        reach, shape = _target_reach(config, machine), target.shape
         together = reach * train.micro_batch * config.data.sequence_length * shape.hidden_size
         turn = 2 * (reach - 1) / reach * width * together
         moved = accumulation * 2 * shape.num_hidden_layers * turn
@@ -134,7 +143,7 @@ def _time(plan: Plan, config: TrainConfig, machine: Machine, compute: float, net
     plan.add("network", "share of a step", network / step, "share", "if nothing overlaps: an upper bound")
 
 
-def _memory(plan: Plan, config: TrainConfig, machine: Machine, shape: Any) -> None:
+def _memory(plan: Plan, config: TrainConfig, machine: Machine, shape: Any, links: float) -> None:
     estimate = memory_estimate(config, shape, machine.gpus, on_gpu=True)
     for kind, amount in estimate.items():
         if amount >= 0.005:
@@ -144,6 +153,15 @@ def _memory(plan: Plan, config: TrainConfig, machine: Machine, shape: Any) -> No
     plan.add("memory a GPU", "in all", needed, "GiB", f"of {free:.0f}: {'fits' if needed <= free else 'DOES NOT FIT'}")
     if needed > free:
         plan.notes.append("the run does not fit: target.sharding=zero3 or tp, a smaller train.micro_batch or more GPUs")
+    elif note := replicated_note(config, shape, machine.gpus, free, on_gpu=True):
+        spared = plan["target, a rank and step"] / (machine.bus_bandwidth(_target_reach(config, machine)) * links)
+        plan.notes.append(f"{note}; the step would take {plan['step'] - spared:.3g} s, not {plan['step']:.3g} s")
+
+
+def _target_reach(config: TrainConfig, machine: Machine) -> int:
+    """Ranks that the target is cut over."""
+    assert config.target is not None
+    return config.target.tp_size if config.target.sharding == "tp" else machine.gpus
 
 
 def _storage(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -106,10 +106,21 @@ class Runtime:
         return result
 
 
+def settle_allocator(environment: MutableMapping[str, str]) -> None:
+    """Let PyTorch grow its blocks of GPU memory in place, where the user says nothing else.
+
+    Gradients, chunks of logits and the layers of a target that come and go would leave gaps between whole ones. PyTorch
+    reads this when a process first takes memory of a GPU.
+    """
+    if "PYTORCH_ALLOC_CONF" not in environment:  # the newer name, which PyTorch reads first
+        environment.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+
 @contextmanager
 def started() -> Iterator[Runtime]:
     """Start the process group (nccl with CUDA, gloo without) for the length of a `with` block."""
     world = find_world()
+    settle_allocator(os.environ)
     import torch
     import torch.distributed as dist
 

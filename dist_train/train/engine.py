@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config import TrainSection
 from dist_train.errors import UserError
@@ -16,7 +19,11 @@ from dist_train.runtime.resources import resource
 
 
 def build_engine(drafter: nn.Module, train: TrainSection, runtime: Runtime) -> Any:
-    """A DeepSpeed engine around the drafter, with PyTorch's AdamW. Collective. Raises UserError on a bad batch size."""
+    """A DeepSpeed engine around the drafter, with PyTorch's AdamW. Collective. Raises UserError on a bad batch size.
+
+    Without ZeRO PyTorch's DistributedDataParallel reduces the gradients while the backward pass goes on, and keeps them
+    where they are reduced; DeepSpeed would copy all of them together after it, and back. See `reducing`, `drafter_of`.
+    """
     import deepspeed
 
     optimizer = torch.optim.AdamW(
@@ -27,10 +34,48 @@ def build_engine(drafter: nn.Module, train: TrainSection, runtime: Runtime) -> A
         fused=True,  # one pass over memory, on a CPU too
     )
     configuration = deepspeed_config(train, runtime.world_size)
-    engine, *_ = deepspeed.initialize(
-        model=drafter, optimizer=optimizer, config=configuration, dist_init_required=False
-    )
+    with _accumulating_in_fp32():
+        engine, *_ = deepspeed.initialize(
+            model=drafter, optimizer=optimizer, config=configuration, dist_init_required=False
+        )
+    if zero_stage(engine) == 0 and runtime.world_size > 1:
+        engine.enable_backward_allreduce = False
+        engine.module = DistributedDataParallel(engine.module, broadcast_buffers=False, gradient_as_bucket_view=True)
     return engine
+
+
+def _accumulating_in_fp32() -> AbstractContextManager[Any]:
+    """While an engine is made: ZeRO 1 of bf16 weights is DeepSpeed's own, with gradients in fp32, too.
+
+    For fp32 gradients DeepSpeed 0.19.8 takes its BF16_Optimizer there, which keeps all gradients flat on every rank,
+    reduces them after the backward pass and has the host wait for their norm. Its ZeRO 1 optimizer accumulates in fp32
+    as well, and reduces while the backward pass goes on.
+    """
+    from deepspeed.runtime.engine import BFLOAT16, ZERO_OPTIMIZATION, DeepSpeedEngine
+
+    choose = DeepSpeedEngine._do_optimizer_sanity_check
+
+    def chosen(engine: Any, optimizer: Any) -> Any:
+        wrapper = choose(engine, optimizer)
+        return ZERO_OPTIMIZATION if wrapper == BFLOAT16 else wrapper
+
+    return mock.patch.object(DeepSpeedEngine, "_do_optimizer_sanity_check", chosen)
+
+
+def drafter_of(engine: Any) -> Any:
+    """The drafter itself, whatever reduces its gradients."""
+    module = engine.module
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def reducing(engine: Any, *, is_last: bool) -> AbstractContextManager[Any]:
+    """For a micro-batch's forward and backward pass: without ZeRO ranks reduce in the last one of a step alone.
+
+    With ZeRO DeepSpeed knows by itself.
+    """
+    if is_last or not isinstance(engine.module, DistributedDataParallel):
+        return nullcontext()
+    return engine.module.no_sync()
 
 
 def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from dist_train.losses import STATISTICS
 from dist_train.runtime.process_group import Runtime
 from dist_train.train.batch import DeviceBatch, on_device
 from dist_train.train.checkpoint import Checkpoints
+from dist_train.train.engine import drafter_of, reducing
 from dist_train.train.guard import StopSignal, Watchdog
 from dist_train.train.held_out import HeldOut
 from dist_train.train.left_out import LossGuard, StepControl
@@ -56,6 +57,11 @@ class Training:
     step: int = 0
 
     @property
+    def module(self) -> Any:
+        """The drafter itself."""
+        return drafter_of(self.engine)
+
+    @property
     def tokens(self) -> int:
         """How many have been gone through, over all ranks."""
         return self.step * self.config.train.global_batch * self.config.data.sequence_length
@@ -83,7 +89,7 @@ class Training:
                 known = {"progress/tokens": self.tokens, "train/lr": learning_rate(self.step - 1, self.config.train)}
                 marks = self.phases.take()
                 if self.held_out is not None and self.held_out.due(self.step, last_step):
-                    known |= self.held_out.measure(self.engine.module)
+                    known |= self.held_out.measure(self.module)
                 outcomes.append(Outcome(self.step, known, values, marks))
                 is_due = self.checkpoints.due(self.step, last_step)
                 stopping = self._read(outcomes, keep=0 if is_due else 1)
@@ -108,7 +114,7 @@ class Training:
         if self.on_policy is not None and self.on_policy.due(self.step):
             with self.phases("on_policy"):
                 first = self.step * self.config.train.global_batch + self.runtime.rank * len(batches)
-                batches = [self.on_policy.rewrite(engine.module, b, first + i) for i, b in enumerate(batches)]
+                batches = [self.on_policy.rewrite(self.module, b, first + i) for i, b in enumerate(batches)]
         num_positions = self.runtime.sum(self._on_device([sum(batch.unmasked for batch in batches)]))[0]
         if objective.needs_batch_mu and objective.batch_mu is None:
             objective.observe(self._measure_mu(batches, num_positions))
@@ -119,7 +125,7 @@ class Training:
         for batch in batches:
             with self.phases("target"):
                 hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
-            with self.phases("drafter"):
+            with self.phases("drafter"), reducing(engine, is_last=batch is batches[-1]):
                 loss_function = objective.loss(batch, hidden, num_positions)
                 loss, statistics = engine(batch.input_ids, batch.positions, loss_function, batch.documents)
                 # The engine averages over micro-batches and ranks; this loss is already its share of the global mean.
@@ -187,11 +193,11 @@ class Training:
         objective, target = self.objective, self.objective.target
         objective.observe(self._on_device([0.5])[0])  # any value: only the statistics of this pass are used
         total = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
-        with self.engine.module.evaluating():
+        with self.module.evaluating():
             for batch in batches:
                 hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
                 loss_function = objective.loss(batch, hidden, num_positions)
-                _, statistics = self.engine.module(batch.input_ids, batch.positions, loss_function, batch.documents)
+                _, statistics = self.module(batch.input_ids, batch.positions, loss_function, batch.documents)
                 total += statistics[STATISTICS.index("mu")]
         return self.runtime.sum(total) / num_positions.clamp_min(1)
 
@@ -200,7 +206,7 @@ class Training:
     def save(self) -> None:
         """Begin to write a checkpoint of where the run stands."""
         self.metrics.flush()
-        self.checkpoints.save(self.step, self.engine.module.model, self.drafter, self.state_dict())
+        self.checkpoints.save(self.step, self.module.model, self.drafter, self.state_dict())
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False when there is none. Raises UserError when the run has changed."""
@@ -218,13 +224,13 @@ class Training:
             "guard": self.guard.state_dict(),
             "target": self.objective.target.identity if self.objective.target else None,
             "tokenizer": self.tokenizer,
-            "drafter": self.engine.module.shape(),
+            "drafter": self.module.shape(),
             "probe_loss": self.probe(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state. Raises UserError when drafter, data or target are not those of the save."""
-        shape = self.engine.module.shape()
+        shape = self.module.shape()
         for key, saved_value in state["drafter"].items():
             if shape.get(key) != saved_value:
                 raise UserError(
@@ -252,5 +258,5 @@ class Training:
         """Cross-entropy of the drafter on the first sequence of the run, the same one on every rank."""
         batch = on_device(self.loader.first(), self.runtime.device)
         loss_function = self.objective.cross_entropy(batch)
-        with self.engine.module.evaluating():
-            return float(self.engine.module(batch.input_ids, batch.positions, loss_function, batch.documents))
+        with self.module.evaluating():
+            return float(self.module(batch.input_ids, batch.positions, loss_function, batch.documents))

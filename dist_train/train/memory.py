@@ -12,7 +12,7 @@ from dist_train.config import TargetSection, TrainConfig, resolve_precision
 from dist_train.errors import UserError
 from dist_train.losses import needs_target
 from dist_train.losses.sizes import chunk_rows
-from dist_train.models.load import DTYPES, read_target_config, target_bytes
+from dist_train.models.load import DTYPES, ZERO3_AHEAD, read_target_config, target_bytes
 from dist_train.models.sizes import parameters
 from dist_train.runtime.process_group import Runtime
 from dist_train.runtime.world import local_world_size
@@ -20,6 +20,11 @@ from dist_train.train.engine import deepspeed_config
 
 _GIB = 2**30
 _PROCESS = 450 * 2**20  # PyTorch, DeepSpeed and transformers, imported
+# Of a GPU besides tensors, assumed and not measured here: the context with its kernels, 0.3 to 1 GB a process by the
+# NAIRR pilot's guide to GPU estimates; with several ranks the channels and buffers of a NCCL communicator, with which a
+# process was seen to take 1.6 GB in all after its first all-reduce (NVIDIA/nccl, issue 864).
+_CONTEXT = 512 * 2**20
+_NCCL = 1024 * 2**20
 _MENDS = {
     "drafter weights": "train.deepspeed=zero3",
     "drafter gradients": "train.deepspeed=zero2",
@@ -34,6 +39,7 @@ _MENDS = {
     "target activations": "a smaller train.micro_batch",
     "copies for checkpoints": "more ranks",
     "the process itself": "fewer ranks a node",
+    "NCCL": "NCCL_MAX_NCHANNELS=8 in the environment",
 }
 
 
@@ -43,24 +49,22 @@ def memory_estimate(
     """GiB a rank of each kind, for a drafter of the Hugging Face configuration `shape`; `on_gpu`: None asks PyTorch.
 
     Weights, gradients and optimizer state are counted (Rajbhandari et al. 2020, ZeRO, section 3.1), and activations as
-    `activation_bytes` has them. From ZeRO 1 on DeepSpeed copies gradients into a bucket before it sends them. A step
-    and the copies that a checkpoint is written from do not meet: what is more counts.
+    `activation_bytes` has them. A step and the copies that a checkpoint is written from do not meet: what is more
+    counts.
     """
     config = resolve_precision(config, "bf16" if on_gpu else None)
-    configuration = deepspeed_config(config.train, world_size).get("zero_optimization", {})
-    stage = configuration.get("stage", 0)
+    deepspeed = deepspeed_config(config.train, world_size)
+    stage = deepspeed.get("zero_optimization", {}).get("stage", 0)
     on_gpu = torch.cuda.is_available() if on_gpu is None else on_gpu
     width = 2 if config.train.precision == "bf16" else 4
     drafter = parameters(shape)
     kinds = ("optimizer", "gradients", "weights")  # what ZeRO 1, 2 and 3 each add to what is sharded
     shard = {kind: world_size if stage >= first else 1 for first, kind in enumerate(kinds, start=1)}
     tokens = config.train.micro_batch * config.data.sequence_length
-    buckets = 2 if configuration.get("overlap_comm") else 1  # one is filled while the other is sent
-    bucket = min(drafter, configuration.get("reduce_bucket_size", 500_000_000)) if stage >= 1 else 0
     estimate = {
         "drafter weights": width * drafter / shard["weights"],
-        "drafter gradients": width * drafter / shard["gradients"],
-        "gradients on their way": width * bucket * buckets,
+        "drafter gradients": _gradient_width(deepspeed, width) * drafter / shard["gradients"],
+        "gradients on their way": _on_their_way(deepspeed, shape, drafter, width, on_gpu),
         # AdamW's two moments in fp32, and beside them an fp32 copy of the weights, save for fp32 without ZeRO;
         # and the average of the weights, where one is kept.
         "optimizer": ((12 if width == 2 or stage else 8) + (4 if config.train.ema_decay else 0))
@@ -81,9 +85,41 @@ def memory_estimate(
     copies = 4 * drafter * (4 if config.train.ema_decay else 3) / world_size
     estimate |= step
     estimate["copies for checkpoints"] = max(0.0, copies - sum(step.values()))
-    if not on_gpu:
-        estimate["the process itself"] = _PROCESS
+    estimate["the process itself"] = _CONTEXT if on_gpu else _PROCESS
+    if on_gpu and world_size > 1:
+        estimate["NCCL"] = _NCCL
     return {kind: amount / _GIB for kind, amount in estimate.items()}
+
+
+def _gradient_width(deepspeed: dict[str, Any], width: int) -> int:
+    """Bytes of a number that gradients are accumulated in."""
+    return _dtype_bytes(deepspeed.get("data_types", {}).get("grad_accum_dtype"), width)
+
+
+def _dtype_bytes(name: str | None, width: int) -> int:
+    """Of what a DeepSpeed configuration calls `name`; `width` where it says nothing."""
+    return width if name is None else {"fp32": 4, "bf16": 2, "fp16": 2}.get(name, width)
+
+
+def _on_their_way(deepspeed: dict[str, Any], shape: Any, drafter: int, width: int, on_gpu: bool) -> int:
+    """Bytes of the buckets that gradients are reduced in from ZeRO 1 on (deepspeed.runtime.zero.stage_1_and_2).
+
+    They are as large as `reduce_bucket_size` says, however small the drafter is; on a CPU pages that nothing is written
+    to take no memory. One more is filled while the first is sent; ZeRO 1 fills them with what was accumulated, ZeRO 2
+    with what the backward pass gives; ZeRO 3 has one, as wide as what is sent. That is a copy, of one bucket or of the
+    largest weight, whichever is larger.
+    """
+    zero = deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage == 0:
+        return 0
+    size = int(zero.get("reduce_bucket_size", 500_000_000))
+    filled = min(size, drafter)
+    buckets = 2 if zero.get("overlap_comm") and stage < 3 else 1
+    sent = min(drafter, max(filled, shape.vocab_size * shape.hidden_size))
+    sent_width = _dtype_bytes(deepspeed.get("communication_data_type"), width)
+    staged = {1: _gradient_width(deepspeed, width), 2: width, 3: sent_width}[stage]
+    return buckets * staged * (size if on_gpu else filled) + sent_width * sent
 
 
 def activation_bytes(shape: Any, width: int, *, checkpointing: bool = False) -> int:
@@ -114,7 +150,8 @@ def _target_bytes(
     if holders > 1:
         stays["target head"] = size * target.vocab_size * target.hidden_size
     if section.sharding == "zero3":
-        stays["target layers gathered"] = 2 * whole / target.num_hidden_layers
+        # One calculates; those that DeepSpeed's prefetch bucket holds are gathered meanwhile.
+        stays["target layers gathered"] = (1 + ZERO3_AHEAD) * whole / target.num_hidden_layers
     mlp = getattr(target, "intermediate_size", 4 * target.hidden_size)
     together = section.tp_size if section.sharding == "tp" else 1  # a group's sequences
     a_block = size * together * tokens * (2 * target.hidden_size + 3 * mlp)  # one is alive at a time
@@ -133,11 +170,28 @@ def check_fit(estimate: dict[str, float], available: float) -> None:
     )
 
 
+def replicated_note(
+    config: TrainConfig, shape: Any, world_size: int, available: float, *, on_gpu: bool | None = None
+) -> str | None:
+    """A line that says so where a target that is cut over ranks would fit whole on each, in `available` GiB."""
+    target = config.target
+    if target is None or target.sharding == "replicate" or not needs_target(config.objective):
+        return None
+    whole = config.model_copy(update={"target": target.model_copy(update={"sharding": "replicate", "offload": False})})
+    needed = sum(memory_estimate(whole, shape, world_size, on_gpu=on_gpu).values())
+    if needed > available:
+        return None
+    return (
+        f"the target fits whole on each rank ({needed:.1f} GiB of {available:.1f}): target.sharding=replicate sends "
+        f"nothing of it over the links, {target.sharding} does in each micro-batch"
+    )
+
+
 def available_gib(runtime: Runtime) -> float:
-    """What is free for this rank: of its GPU, or its share of the host's memory."""
+    """What is free for this rank: of its GPU, with what its context has there, or its share of the host's memory."""
     if runtime.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(runtime.device)
-        return free / _GIB
+        return (free + _CONTEXT) / _GIB
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
     return found / _GIB / local_world_size(runtime.world)

@@ -143,7 +143,7 @@ def _planned_shape(config: TrainConfig) -> Any:
 
 def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
     """Print what a rank will need before anything is loaded. Raises UserError where that is not free."""
-    from dist_train.train.memory import available_gib, check_fit
+    from dist_train.train.memory import available_gib, check_fit, replicated_note
 
     estimate, available = estimate_memory(config, runtime.world_size), min(runtime.gather(available_gib(runtime)))
     if runtime.is_first:
@@ -152,6 +152,8 @@ def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
             f"{_name(config)}: about {sum(estimate.values()):.2f} GiB a rank of {available:.1f} free ({shown})",
             flush=True,
         )
+        if note := replicated_note(config, _planned_shape(config), runtime.world_size, available):
+            print(f"{_name(config)}: {note}", flush=True)
     if config.run.check_memory:
         check_fit(estimate, available)
 
@@ -249,7 +251,7 @@ def _check_writable(folder: Path) -> None:
 
 def _introduce(training: Training, resumed: bool) -> None:
     config, runtime = training.config, training.runtime
-    model = training.engine.module.model
+    model = training.module.model
     print(
         f"{_name(config)}: drafter of {num_parameters(model) / 1e6:.2f}M parameters, "
         f"objective {', '.join(f'{weight:g} {loss}' for loss, weight in config.objective.items())}, "

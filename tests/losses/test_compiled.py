@@ -229,3 +229,21 @@ def test_a_gpus_and_a_cpus_rows():
     assert chunk_rows(32_000, on_gpu=True, fused=True) >= 2000
     assert block_rows(32_000, torch.device("cuda"), fused=True) >= 2000
     assert block_rows(49_152, torch.device("cpu"), fused=True) % torch.get_num_threads() == 0
+
+
+def test_a_chunk_that_memory_shrinks_is_told_once(monkeypatch, capfd):
+    """A GPU with 600 MB free, of which two tensors in fp32 may take a quarter: 512 rows of 32,000."""
+    from dist_train.losses import sizes
+
+    monkeypatch.setattr(sizes, "_TOLD", set())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (600_000_000, 80_000_000_000))
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: 0)
+    rows = [sizes.affordable_rows(32_000, torch.device("cuda", 0)) for _ in range(3)]
+    assert rows == [sizes.chunk_rows(32_000, on_gpu=True) // 4] * 3 and 2 * 4 * rows[0] * 32_000 <= 150_000_000
+    told = capfd.readouterr().err
+    assert told.startswith(f"loss: {rows[0]} rows of logits at a time, where {4 * rows[0]} would be faster")
+    assert told.count("\n") == 1 and "train.micro_batch" in told
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70_000_000_000, 80_000_000_000))
+    assert sizes.affordable_rows(32_000, torch.device("cuda", 0)) == 4 * rows[0]
+    assert not capfd.readouterr().err

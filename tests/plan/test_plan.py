@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -73,14 +74,29 @@ def test_gradient_checkpointing_goes_forward_once_more():
 
 
 @pytest.mark.parametrize(
-    ("stage", "turns"),
-    # On 32 ranks 256 sequences of micro-batch 4 are 2 micro-batches. ZeRO paper, section 7: 2 turns for stages 0 and 1;
-    # DeepSpeed's stage 2 reduces in each micro-batch, stage 3 gathers twice and reduces once in each.
-    [("zero0", 2), ("zero1", 2), ("zero2", 3), ("zero3", 6)],
+    ("stage", "width"),
+    # On 32 ranks 256 sequences of micro-batch 4 are 2 micro-batches. ZeRO paper, section 7: an all-reduce is 2 turns,
+    # stage 1 sends gradients and weights once; DeepSpeed's stage 2 reduces in each micro-batch, stage 3 gathers twice
+    # and reduces once in each. Weights take 2 bytes, gradients 4 from ZeRO 1 on.
+    [("zero0", 2 * 2), ("zero1", 4 + 2), ("zero2", 2 * 4 + 2), ("zero3", 2 * (4 + 2 * 2))],
 )
-def test_bytes_that_zero_moves(stage, turns):
+def test_bytes_that_zero_moves(stage, width):
     plan = planned(train={"deepspeed": stage})
-    assert plan["drafter, a rank and step"] == pytest.approx(turns * 31 / 32 * 2 * DRAFTER, rel=1e-9)
+    assert plan["drafter, a rank and step"] == pytest.approx(width * 31 / 32 * DRAFTER, rel=1e-9)
+
+
+def test_a_plan_says_when_its_sharded_target_fits_whole_and_what_that_saves(llama_7b):
+    sharded = planned(gpus=8, **with_target(llama_7b, sharding="zero3"))
+    whole = planned(gpus=8, **with_target(llama_7b))
+    (note,) = sharded.notes
+    assert f"the step would take {whole['step']:.3g} s, not {sharded['step']:.3g} s" in note
+    assert not whole.notes
+    large = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    from transformers import LlamaConfig
+
+    (Path(llama_7b) / "70b").mkdir(exist_ok=True)
+    LlamaConfig(**large, num_attention_heads=64, num_key_value_heads=8).save_pretrained(Path(llama_7b) / "70b")
+    assert not planned(gpus=8, **with_target(f"{llama_7b}/70b", sharding="zero3")).notes
 
 
 def test_bytes_of_a_partitioned_target(llama_7b):

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from slurm_jobs import TEMPLATES
 
+from dist_train.runtime.process_group import settle_allocator
+
 CACHES = ("TORCH_EXTENSIONS_DIR", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 
 
@@ -53,6 +55,22 @@ def test_compilers_find_nothing_that_another_has_put_there(sourced, tmp_path):
 
 def test_what_the_user_has_set_stays(sourced):
     assert sourced(TRITON_CACHE_DIR="/mine")["TRITON_CACHE_DIR"] == "/mine"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, None),
+    ],
+)
+def test_gpu_memory_grows_in_place_unless_the_user_says_otherwise(sourced, given, expected):
+    """In a batch script, and in a stage that is started without one."""
+    assert sourced(**given).get("PYTORCH_CUDA_ALLOC_CONF") == expected
+    environment = dict(given)
+    settle_allocator(environment)
+    assert environment.get("PYTORCH_CUDA_ALLOC_CONF") == expected
 
 
 @pytest.mark.parametrize(("given", "activated"), [({}, True), ({"DIST_TRAIN_PYTHON": "/opt/python"}, False)])

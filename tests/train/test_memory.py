@@ -10,28 +10,29 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import on_ranks
+from transformers import LlamaConfig
 
 from dist_train.config import PretrainConfig
 from dist_train.models.sizes import parameters
 from dist_train.train import memory
 
+TREE = {"run": {"dir": "run"}, "tokenizer": "tokenizer.model", "data": {"sources": [{"path": "shards"}]}}
+
+
+def planned(stage, *, global_batch=1, **more):
+    train = {"steps": 1, "global_batch": global_batch, "micro_batch": 1, "deepspeed": stage, "precision": "bf16"}
+    return PretrainConfig.model_validate({**TREE, "train": train, **more})
+
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [("zero0", 120), ("zero1", 31.4), ("zero2", 16.6), ("zero3", 1.9)])
 def test_7_5_billion_parameters_on_64_ranks(monkeypatch, stage, gigabytes):
-    from transformers import LlamaConfig
-
+    """The paper's gradients are half as wide as ours, which are summed in fp32 under ZeRO."""
     monkeypatch.setattr(memory, "parameters", lambda shape: 7_500_000_000)
-    config = PretrainConfig.model_validate(
-        {
-            "run": {"dir": "run"},
-            "tokenizer": "tokenizer.model",
-            "data": {"sources": [{"path": "shards"}]},
-            "train": {"steps": 1, "global_batch": 64, "micro_batch": 1, "deepspeed": stage, "precision": "bf16"},
-        }
-    )
-    estimate = memory.memory_estimate(config, LlamaConfig(), 64)
-    states = sum(estimate[kind] for kind in ("drafter weights", "drafter gradients", "optimizer"))
-    assert states * 2**30 / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    estimate = memory.memory_estimate(planned(stage, global_batch=64), LlamaConfig(), 64)
+    states = sum(estimate[kind] for kind in ("drafter weights", "drafter gradients", "optimizer")) * 2**30 / 1e9
+    wider = {"zero0": 0, "zero1": 2 * 7.5, "zero2": 2 * 7.5 / 64, "zero3": 2 * 7.5 / 64}[stage]
+    assert states - wider == pytest.approx(gigabytes, abs=0.05)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -39,7 +40,7 @@ def test_7_5_billion_parameters_on_64_ranks(monkeypatch, stage, gigabytes):
 def test_activations_are_those_that_autograd_keeps(dtype, hidden, mlp, heads, kv_heads):
     """Counted by hooks on a model of transformers: what a block more keeps, and what the final norm does."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     def shape(layers):
         sizes = {"hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers, "vocab_size": 64}
@@ -67,22 +68,66 @@ def test_activations_are_those_that_autograd_keeps(dtype, hidden, mlp, heads, kv
     assert again - memory.activation_bytes(shape(1), width, checkpointing=True) == width * hidden
 
 
-def test_a_bucket_of_gradients_is_counted_from_zero_1_on():
-    from transformers import LlamaConfig
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_buckets_of_gradients_are_those_that_deepspeed_allocates(stage):
+    """Asked of its optimizer for a drafter smaller than a bucket; a CPU gives pages only to what is written there."""
+    done = on_ranks(BUCKETS, 1, stage)
+    allocated, drafter = map(int, done[0].stdout.split()[-2:])
+    estimate = memory.memory_estimate(planned(stage), LlamaConfig(**SMALL), 1, on_gpu=True)
+    assert estimate["gradients on their way"] * 2**30 == allocated + 4 * drafter  # and the copy that is sent
+    on_host = memory.memory_estimate(planned(stage), LlamaConfig(**SMALL), 1, on_gpu=False)
+    width = {"zero1": 2 * 4, "zero2": 2 * 2, "zero3": 4}[stage]
+    assert on_host["gradients on their way"] * 2**30 == width * drafter + 4 * drafter
 
-    tree = {"run": {"dir": "run"}, "tokenizer": "t", "data": {"sources": [{"path": "s"}]}}
-    train = {"steps": 1, "global_batch": 1, "micro_batch": 1, "precision": "bf16"}
-    shape = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2)
-    for stage, copies in (("zero0", 0), ("zero1", 1)):
-        config = PretrainConfig.model_validate({**tree, "train": {**train, "deepspeed": stage}})
-        found = memory.memory_estimate(config, shape, 1, on_gpu=False)["gradients on their way"]
-        assert found * 2**30 == copies * 2 * memory.parameters(shape)
+
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+BUCKETS = """
+import sys
+from dist_train.config import DrafterSection, TrainSection
+from dist_train.models.drafter import TrainableDrafter, drafter_config, new_drafter
+from dist_train.models.sizes import num_parameters
+from dist_train.runtime.process_group import started
+from dist_train.train.engine import build_engine
+
+section = DrafterSection(hidden_size=16, layers=1, heads=2, mlp_size=32, max_positions=64)
+train = TrainSection(steps=1, global_batch=1, micro_batch=1, deepspeed=sys.argv[1], precision="bf16")
+with started() as runtime:
+    model = new_drafter(drafter_config(section, 64, 1, 2), 0)
+    engine = build_engine(TrainableDrafter(model), train, runtime)
+    if hasattr(engine.optimizer, "setup_buckets"):  # ZeRO 1 and 2 do so when the first gradient comes
+        engine.optimizer.setup_buckets()
+    held = [bucket.buffer for bucket in engine.optimizer.ipg_buckets.values()]
+    buckets = [buffer for one in held for buffer in (one if isinstance(one, list) else [one])]
+    print(sum(b.numel() * b.element_size() for b in buckets), num_parameters(model))
+"""
+
+
+def test_a_gpu_holds_the_context_and_nccl_besides_tensors():
+    estimates = [
+        memory.memory_estimate(planned("zero1", global_batch=8), LlamaConfig(), n, on_gpu=True) for n in (1, 8)
+    ]
+    assert [estimate["the process itself"] for estimate in estimates] == [0.5, 0.5]
+    assert [estimate.get("NCCL") for estimate in estimates] == [None, 1.0]
+
+
+def test_a_run_says_when_its_sharded_target_fits_whole(tiny):
+    """And only then; the line is what the run and its plan print."""
+    whole = {"objective": {"kld": 1.0}, "target": {"path": str(tiny.target)}}
+    sharded = {**whole, "target": {**whole["target"], "sharding": "zero3"}}
+    shape = LlamaConfig(**SMALL)
+    replicated = memory.memory_estimate(planned("zero1", global_batch=2, **whole), shape, 2, on_gpu=False)
+    needed = sum(replicated.values())
+    config = planned("zero1", global_batch=2, **sharded)
+    told = memory.replicated_note(config, shape, 2, needed + 0.01, on_gpu=False)
+    assert "target.sharding=replicate sends nothing of it over the links" in told
+    assert memory.replicated_note(config, shape, 2, needed - 0.01, on_gpu=False) is None
+    assert memory.replicated_note(planned("zero1", **whole), shape, 1, 1e3, on_gpu=False) is None
+    alone = planned("zero1", **{**sharded, "objective": {"ce": 1.0}})  # its weights are not loaded
+    assert memory.replicated_note(alone, shape, 1, 1e3, on_gpu=False) is None
 
 
 def test_parameters_are_counted_without_storage():
     """Llama 2 7B: 6,738,415,616 by its model card's configuration."""
-    from transformers import LlamaConfig
-
     assert parameters(LlamaConfig()) == 6_738_415_616
 
 
@@ -99,9 +144,10 @@ def test_a_run_that_cannot_fit_says_what_to_change(tiny, cli, tmp_path):
 def test_the_estimate_is_printed_before_the_start(tiny, cli, tmp_path):
     from runs import distillation
 
-    done = cli(*distillation(tiny, tmp_path / "run", steps=1))
+    done = cli(*distillation(tiny, tmp_path / "run", "target.sharding=zero3", steps=1))
     lines = [line for line in done.stdout.splitlines() if line.startswith("distill: about 0.4")]
     assert len(lines) == 1 and "GiB a rank of" in lines[0]
+    assert done.stdout.count("distill: the target fits whole on each rank (0.4") == 1
 
 
 @pytest.mark.campaign
@@ -109,7 +155,7 @@ def test_the_estimate_is_printed_before_the_start(tiny, cli, tmp_path):
 def test_the_estimate_is_what_a_run_at_real_shape_takes(shared, cli, tmp_path):
     """The drafter of 115M beside a target of a billion parameters, 2,048 tokens of 32,000, two ranks, three steps."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.set_default_dtype(torch.bfloat16)
     try:
