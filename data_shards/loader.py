@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 
 from data_shards.errors import DataError
-from data_shards.format import Array, ShardedTokens
+from data_shards.format import Array
 from data_shards.order import MixtureOrder
+from data_shards.reader import ShardedTokens
 from data_shards.samples import Batch, samples_of
 
 _STEPS_LOCATED = 32  # at once: the order is array work, and a step alone has few rows

@@ -18,7 +18,7 @@ import numpy as np
 from data_shards.errors import DataError
 from data_shards.faults import MAX_BYTES, Fault, Faults, Policy, gather
 from data_shards.files import read_json, remove_stale, write_json
-from data_shards.format import INDEX, Array, Encoding, ShardedTokens, ShardFiles, write_index, write_packs
+from data_shards.format import INDEX, Array, Encoding, ShardFiles, write_index, write_packs
 from data_shards.inputs import (
     UNIT_BYTES,
     InputFile,
@@ -33,6 +33,7 @@ from data_shards.inputs import (
 )
 from data_shards.packing import pack_documents
 from data_shards.ranks import Communicator, called_off, together
+from data_shards.reader import ShardedTokens
 
 PLAN = "plan.json"
 _BATCH_RECORDS, _BATCH_CHARACTERS = 8192, 4 << 20  # handed to the encoder at once, whichever comes first

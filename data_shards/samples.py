@@ -8,8 +8,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from data_shards.errors import DataError
-from data_shards.format import Array, ShardedTokens
+from data_shards.format import Array
 from data_shards.order import BlockOrder
+from data_shards.reader import ShardedTokens
 
 READ_BYTES = 1 << 20
 
