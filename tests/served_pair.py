@@ -111,3 +111,22 @@ def assert_same_efficiency(drafts, accepted, blocks):
     served = 1 + accepted / drafts
     assert abs(served - ours) < 4 * np.sqrt(2) * error, f"served {served:.3f}, offline {ours:.3f} +- {error:.3f}"
     assert 4 * np.sqrt(2) * error < 0.35  # it would tell
+
+
+def random_target(vocab_size):
+    """A Llama with random weights, the same ones each time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=POSITIONS,
+            initializer_range=0.2,
+        )
+    ).eval()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from served_pair import random_target
 
 TOKENS = 40
 PROMPTS = [
@@ -39,24 +40,11 @@ def llama_cpp():
 @pytest.fixture(scope="module")
 def pair(tiny, llama_cpp, tmp_path_factory):
     """A random target and the same with noise, which guesses it often and not always; both exported with GGUF."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from dist_train.cli import main
     from dist_train.tokenizer import load_tokenizer
 
     root = tmp_path_factory.mktemp("pair")
-    torch.manual_seed(1)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tiny.vocab_size,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-        )
-    )
+    model = random_target(tiny.vocab_size)
     model.save_pretrained(root / "target")
     load_tokenizer(tiny.tokenizer).save(root / "target")
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from served_pair import END, NEW_TOKENS, POSITIONS, PROMPTS, Pair, named
+from served_pair import END, NEW_TOKENS, PROMPTS, Pair, named, random_target
 
 
 @pytest.fixture(scope="session")
@@ -19,24 +19,13 @@ def llama_cpp():
 @pytest.fixture(scope="session")
 def pair(tiny, tmp_path_factory):
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     from dist_train.cli import main
     from dist_train.tokenizer import load_tokenizer
 
     root = tmp_path_factory.mktemp("served")
-    torch.manual_seed(1)
-    target = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=tiny.vocab_size,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=POSITIONS,
-            initializer_range=0.2,
-        )
-    ).eval()
+    target = random_target(tiny.vocab_size)
     tokenizer = load_tokenizer(tiny.tokenizer)
     target.save_pretrained(root / "target")
     tokenizer.save(root / "target")
