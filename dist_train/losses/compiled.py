@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,7 +63,7 @@ def _region(block: Block, arguments: Arguments) -> Region:
 
     recorded = make_fx(partial(block, traced=True), tracing_mode="fake")(*arguments)
     # On CUDA a block has more rows than the GPU has processors: each row is reduced by one kernel, not by two.
-    options = {"split_reductions": False}
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"split_reductions": False}
     region: Region = torch.compile(recorded, fullgraph=True, dynamic=False, options=options)
     return region
 

@@ -4,13 +4,13 @@
     python tests/benchmarks/losses.py --rows 1024 4096 16384 --vocab 32000 152064
 
 Hidden states and both heads are made, the loss is taken and differentiated to the drafter's hidden states and head
-weight: ours as it is compiled, ours eager, dense torch, the same under torch.compile, and libraries. Memory is taken in
-a process of its own for each: what the first call of this size adds to the level before it (a small one, and where
-something is compiled one of this size, went before): the rise of peak RSS on a CPU, the allocator's peak on CUDA. Times
-are taken in one process, in turns, and the least of all turns counts: what else a machine does only adds. `first` is
-the first call, which compiles; TORCHINDUCTOR_CACHE_DIR keeps what it makes, so name an empty folder to see all of it.
-Prints a Markdown table; "no room" where memory did not suffice, "-" where a peer has no such loss, "not installed"
-where its package is missing.
+weight: ours as it is compiled, ours eager, dense torch, the same under torch.compile, and libraries. Memory is what the
+first call of this size adds to the level before it (a small one, and where something is compiled one of this size, went
+before): on a CPU the rise of peak RSS, in a process of its own for each; on CUDA the allocator's peak. Times are taken
+in one process, in turns, and the least of all turns counts: what else a machine does only adds. `first` is the first
+call, which compiles; TORCHINDUCTOR_CACHE_DIR keeps what it makes, so name an empty folder to see all of it. Prints a
+Markdown table; "no room" where memory did not suffice, "-" where a peer has no such loss, "not installed" where its
+package is missing.
 """
 
 from __future__ import annotations
@@ -286,7 +286,7 @@ def peak_memory(case: Case) -> int:
 
 
 def apart(cases: list[Case], option: str) -> Any:
-    """`memory` of a case or `times` of several, in a fresh process; None where that failed."""
+    """`memory` or `times` of cases, in a fresh process; what came instead where that failed."""
     command = [sys.executable, __file__, option, json.dumps([asdict(case) for case in cases])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode < 0:  # ended by the kernel
@@ -294,6 +294,12 @@ def apart(cases: list[Case], option: str) -> Any:
     if done.returncode > 0:
         return done.stderr.strip().splitlines()[-1][:60]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def held_by(cases: list[Case]) -> list[float | str | None]:
+    """`memory` of each, in one process."""
+    found = apart(cases, "--memory")
+    return found if isinstance(found, list) else [found] * len(cases)
 
 
 def ratio(ours: float | str | None, peer: float | str | None) -> str:
@@ -324,7 +330,7 @@ def main() -> None:
     parser.add_argument("--times", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.memory:
-        print(json.dumps(memory(Case(**json.loads(arguments.memory)[0]))))
+        print(json.dumps([memory(Case(**case)) for case in json.loads(arguments.memory)]))
         return
     if arguments.times:
         print(json.dumps(times([Case(**case) for case in json.loads(arguments.times)])))
@@ -344,7 +350,9 @@ def main() -> None:
                 ]
                 found = apart(cases, "--times")
                 taken = found if isinstance(found, list) else [(found, found)] * len(cases)
-                held = [apart([case], "--memory") for case in cases]
+                # CUDA's allocator counts to the byte; what a process on a CPU has touched once it may keep.
+                groups = [cases] if arguments.device == "cuda" else [[case] for case in cases]
+                held = [mib for group in groups for mib in held_by(group)]
                 for path, (first, least), mib in zip(paths, taken, held, strict=True):
                     cells = (rows, vocab, name, path, shown(first, ".1f"), shown(least, ".2f"), shown(mib, ".0f"))
                     ratios = (ratio(taken[0][1], least), ratio(held[0], mib))
