@@ -9,7 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dist_train.config import TrainSection
@@ -25,7 +25,9 @@ def build_engine(drafter: nn.Module, train: TrainSection, runtime: Runtime) -> A
     where they are reduced; DeepSpeed would copy all of them together after it, and back. See `reducing`, `drafter_of`.
     """
     import deepspeed
+    from deepspeed.runtime.zero import stage_1_and_2
 
+    stage_1_and_2.mask_nan_or_inf_with_val_inplace = mask_norm
     optimizer = torch.optim.AdamW(
         _parameter_groups(drafter, train.weight_decay),
         lr=train.learning_rate,
@@ -60,6 +62,14 @@ def _accumulating_in_fp32() -> AbstractContextManager[Any]:
         return ZERO_OPTIMIZATION if wrapper == BFLOAT16 else wrapper
 
     return mock.patch.object(DeepSpeedEngine, "_do_optimizer_sanity_check", chosen)
+
+
+def mask_norm(norm: Tensor, device: torch.device | None = None, val: float = -1.0) -> None:
+    """Puts `val` in the place of a norm that is not finite, as DeepSpeed's function of this signature does.
+
+    DeepSpeed 0.19.8 copies the value from the host at each step, and the copy waits for the device.
+    """
+    norm.masked_fill_(~norm.isfinite(), val)
 
 
 def drafter_of(engine: Any) -> Any:

@@ -10,6 +10,7 @@ from runs import distillation, patched
 COUNT = """
 import json
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from dist_train.train.outcome import Outcome
 
@@ -24,12 +25,18 @@ class Reads(TorchDispatchMode):
             counts[-1]["within"] += 1
         return function(*args, **(kwargs or {}))
 
+class Copies(TorchFunctionMode):
+    # Tensors of the host's numbers: a copy to the device, which waits for it.
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        counts[-1]["within"] += function is torch.tensor and (kwargs or {}).get("device") is not None
+        return function(*args, **(kwargs or {}))
+
 counts = []
 step, read = loop.Training._optimizer_step, Outcome.read
 
 def counted_step(self, *arguments):
     counts.append({"step": self.step, "within": 0, "outcomes": 0})
-    with Reads():
+    with Reads(), Copies():
         return step(self, *arguments)
 
 def counted_read(self):
@@ -53,7 +60,7 @@ loop.Checkpoints.commit = told
         ("zero2", "bf16", 0),
         ("zero0", "fp32", 0),
         ("zero1", "fp32", 1),  # DeepSpeed looks at the norm
-        ("zero3", "bf16", 1),
+        ("zero3", "bf16", 3),  # and copies two numbers
     ],
 )
 def test_a_step_is_read_once_and_late(tiny, tmp_path, stage, precision, of_deepspeed):
