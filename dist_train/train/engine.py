@@ -120,6 +120,8 @@ def deepspeed_config(train: TrainSection, world_size: int) -> dict[str, Any]:
     if own_clipping(train, zero.get("stage", 0)) is not None:
         configuration["gradient_clipping"] = 0.0
         configuration["bf16"]["check_grad_overflow"] = False
+    if world_size == 1 and "overlap_comm" in zero:
+        zero["overlap_comm"] = False  # nothing to overlap, and DeepSpeed waits for the device at each bucket
     # It would wait for the device around each step.
     configuration.setdefault("timers", {"throughput": {"enabled": False}})
     return dict(configuration)

@@ -139,7 +139,7 @@ def liger_triton(name: str, x: Inputs) -> Tensor | None:
 
     if name in JSD_BETA:
         fused = kernels.LigerFusedLinearJSD(jsd_beta=JSD_BETA[name])
-        return fused(x.hidden, x.weight, x.target_hidden, x.target_weight)
+        return fused(x.hidden, x.weight, x.target_hidden, x.target_weight, x.labels)
     if name == "ce":
         return kernels.LigerFusedLinearCrossEntropyLoss()(x.weight, x.hidden, x.labels)
     if name == "tvd":

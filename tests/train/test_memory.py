@@ -68,15 +68,19 @@ def test_activations_are_those_that_autograd_keeps(dtype, hidden, mlp, heads, kv
     assert again - memory.activation_bytes(shape(1), width, checkpointing=True) == width * hidden
 
 
-@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_buckets_of_gradients_are_those_that_deepspeed_allocates(stage):
-    """Asked of its optimizer for a drafter smaller than a bucket; a CPU gives pages only to what is written there."""
-    done = on_ranks(BUCKETS, 1, stage)
+@pytest.mark.parametrize(
+    ("stage", "ranks", "width"), [("zero1", 1, 4), ("zero1", 2, 8), ("zero2", 2, 4), ("zero3", 1, 4)]
+)
+def test_buckets_of_gradients_are_those_that_deepspeed_allocates(stage, ranks, width):
+    """Asked of its optimizer for a drafter smaller than a bucket; a CPU gives pages only to what is written there.
+
+    `width`: bytes of a number in all buckets; one bucket more is filled while another is sent to other ranks.
+    """
+    done = on_ranks(BUCKETS, ranks, stage)
     allocated, drafter = map(int, done[0].stdout.split()[-2:])
-    estimate = memory.memory_estimate(planned(stage), LlamaConfig(**SMALL), 1, on_gpu=True)
+    estimate = memory.memory_estimate(planned(stage, global_batch=ranks), LlamaConfig(**SMALL), ranks, on_gpu=True)
     assert estimate["gradients on their way"] * 2**30 == allocated + 4 * drafter  # and the copy that is sent
-    on_host = memory.memory_estimate(planned(stage), LlamaConfig(**SMALL), 1, on_gpu=False)
-    width = {"zero1": 2 * 4, "zero2": 2 * 2, "zero3": 4}[stage]
+    on_host = memory.memory_estimate(planned(stage, global_batch=ranks), LlamaConfig(**SMALL), ranks, on_gpu=False)
     assert on_host["gradients on their way"] * 2**30 == width * drafter + 4 * drafter
 
 
@@ -90,8 +94,9 @@ from dist_train.runtime.process_group import started
 from dist_train.train.engine import build_engine
 
 section = DrafterSection(hidden_size=16, layers=1, heads=2, mlp_size=32, max_positions=64)
-train = TrainSection(steps=1, global_batch=1, micro_batch=1, deepspeed=sys.argv[1], precision="bf16")
 with started() as runtime:
+    sizes = {"global_batch": runtime.world_size, "micro_batch": 1}
+    train = TrainSection(steps=1, deepspeed=sys.argv[1], precision="bf16", **sizes)
     model = new_drafter(drafter_config(section, 64, 1, 2), 0)
     engine = build_engine(TrainableDrafter(model), train, runtime)
     if hasattr(engine.optimizer, "setup_buckets"):  # ZeRO 1 and 2 do so when the first gradient comes
