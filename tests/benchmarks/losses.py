@@ -4,13 +4,13 @@
     python tests/benchmarks/losses.py --rows 1024 4096 16384 --vocab 32000 152064
 
 Hidden states and both heads are made, the loss is taken and differentiated to the drafter's hidden states and head
-weight: ours as it is compiled, ours eager, dense torch, the same under torch.compile, and libraries. Memory is what the
-first call of this size adds to the level before it (a small one, and where something is compiled one of this size, went
-before): on a CPU the rise of peak RSS, in a process of its own for each; on CUDA the allocator's peak. Times are taken
-in one process, in turns, and the least of all turns counts: what else a machine does only adds. `first` is the first
-call, which compiles; TORCHINDUCTOR_CACHE_DIR keeps what it makes, so name an empty folder to see all of it. Prints a
-Markdown table; "no room" where memory did not suffice, "-" where a peer has no such loss, "not installed" where its
-package is missing.
+weight: ours as it is compiled, ours eager, dense torch, the same under torch.compile, and libraries; `products` are the
+matrix products alone, which bound what fusing the rest can give. Memory is what the first call of this size adds to the
+level before it (a small one, and where something is compiled one of this size, went before): on a CPU the rise of peak
+RSS, in a process of its own for each; on CUDA the allocator's peak. Times are taken in one process, in turns, and the
+least of all turns counts: what else a machine does only adds. `first` is the first call, which compiles;
+TORCHINDUCTOR_CACHE_DIR keeps what it makes, so name an empty folder to see all of it. Prints a Markdown table; "no
+room" where memory did not suffice, "-" where a peer has no such loss, "not installed" where its package is missing.
 """
 
 from __future__ import annotations
@@ -112,6 +112,20 @@ def dense(name: str, x: Inputs) -> Tensor:
     return (distance / (mu * (1 - mu)).sqrt().clamp_min(1e-6)).mean()
 
 
+def products(name: str, x: Inputs) -> Tensor:
+    """No loss: only the matrix products that any of these must make, a block of rows at a time."""
+    rows = 256 if x.hidden.device.type == "cpu" else 8192
+    with torch.no_grad():
+        gradient = torch.zeros_like(x.weight)
+        for hidden, target in zip(x.hidden.split(rows), x.target_hidden.split(rows), strict=True):
+            if name != "ce":
+                target @ x.target_weight.T
+            z = hidden @ x.weight.T
+            z @ x.weight
+            gradient.addmm_(z.T, hidden)
+    return 0 * x.hidden.sum()
+
+
 def trl(name: str, x: Inputs) -> Tensor | None:
     """TRL's generalised JSD of whole logits."""
     if name not in JSD_BETA:
@@ -153,13 +167,14 @@ PATHS: dict[str, Callable[[str, Inputs], Tensor | None]] = {
     "eager": eager,
     "dense": dense,
     "compiled": torch.compile(dense),
+    "products": products,
     "trl": trl,
     "liger": liger,
     "liger-triton": liger_triton,
 }
 COMPILING = ("fused", "compiled")
 PEERS_OF = {
-    "cpu": ("eager", "dense", "compiled", "trl", "liger"),
+    "cpu": ("eager", "dense", "compiled", "products", "trl", "liger"),
     "cuda": tuple(path for path in PATHS if path != "fused"),
 }
 
