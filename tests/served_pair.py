@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
+import shlex
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+AT_ONCE = 8
+# Nothing is compiled, and a prompt is never read in pieces: vLLM 0.32 ends on a CPU where a seeded request's is
+# ("CPU Generator does not use offset").
+EAGER = ["--enforce-eager", "--max-num-batched-tokens", "4096", "--max-num-seqs", str(AT_ONCE)]
 GAMMA, NEW_TOKENS, POSITIONS, END = 3, 40, 256, 2
 PROMPTS = [
     "the model reads",
@@ -66,6 +74,24 @@ class Pair:
         )
 
 
+def answered_by_vllm(url, prompts, temperature=0.0, new_tokens=NEW_TOKENS):
+    """The ids of the answers to all prompts, each with a seed of its own."""
+    from dist_train.serving.http import Client
+    from dist_train.serving.vllm import UNBENT
+
+    client = Client(f"{url}/v1", None, timeout=300, patience=0)
+    model = client.ask("GET", "/models")["data"][0]["id"]
+
+    def ask(i):
+        body = {"model": model, "prompt": prompts[i], "max_tokens": new_tokens, "temperature": temperature, "seed": i}
+        answer = client.ask("POST", "/completions", {**body, **UNBENT, "return_token_ids": True})["choices"][0]
+        ids = answer["token_ids"]
+        return ids if answer["finish_reason"] == "length" or ids[-1:] == [END] else [*ids, END]
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [*pool.map(ask, range(len(prompts)))]
+
+
 def counters(url):
     """What the server's counters of speculative decoding say now."""
     from dist_train.serving.vllm import parse_counters
@@ -113,20 +139,73 @@ def assert_same_efficiency(drafts, accepted, blocks):
     assert 4 * np.sqrt(2) * error < 0.35  # it would tell
 
 
-def random_target(vocab_size):
+def random_target(vocab_size, **how):
     """A Llama with random weights, the same ones each time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(1)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab_size,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=POSITIONS,
-            initializer_range=0.2,
+    shape = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": POSITIONS,
+        "initializer_range": 0.2,
+    }
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab_size, **{**shape, **how})).eval()
+
+
+def make_pair(tiny, root, *words, positions=POSITIONS, **how):
+    """The pair in `root`: folders `target` and `drafter`, which is exported with `words`.
+
+    `positions`: the drafter's; `how`: of both models' configurations.
+    """
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from dist_train.cli import main
+    from dist_train.tokenizer import load_tokenizer
+
+    target = random_target(tiny.vocab_size, **how)
+    tokenizer = load_tokenizer(tiny.tokenizer)
+    target.save_pretrained(root / "target")
+    tokenizer.save(root / "target")
+    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS]
+    greedy = []
+    for ids in prompts:
+        given = torch.tensor([ids])
+        mask = torch.ones_like(given)
+        answer = target.generate(
+            given, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=END, eos_token_id=END
         )
-    ).eval()
+        greedy.append(answer[0, len(ids) :].tolist())
+    assert all(answer[0] != END for answer in greedy)
+    drafter = LlamaForCausalLM(copy.deepcopy(target.config)).eval()
+    drafter.config.max_position_embeddings = positions
+    with torch.no_grad():
+        for mine, given in zip(drafter.parameters(), target.parameters(), strict=True):
+            mine.copy_(given + 0.01 * torch.randn_like(given))
+    drafter.save_pretrained(root / "trained")
+    given = [f"drafter={root / 'trained'}", f"target.path={root / 'target'}", f"out={root / 'drafter'}", "dtype=fp32"]
+    assert main(["export", *given, *words]) == 0
+    return Pair(root / "target", root / "drafter", target, drafter, prompts, greedy)
+
+
+def blocks_of(card, language):
+    """The code blocks of a model card."""
+    return re.findall(rf"```{language}\n(.*?)```", card.read_text(), re.DOTALL)
+
+
+def card_command(folder, first_word, programs, *more):
+    """The card's command that begins with `first_word`, run as it stands, where the drafter's `folder` lies.
+
+    `programs`: a folder that comes first in PATH; `more`: options that it gets besides.
+    """
+    from dist_train.serving.launch import ServerCommand
+
+    pattern = re.compile(rf"^{first_word} ", re.MULTILINE)
+    (block,) = (block for block in blocks_of(folder / "README.md", "bash") if pattern.search(block))
+    script = f'set -e; cd {shlex.quote(str(folder.parent))}; {block.strip()} "$@"'
+    path = f"{programs}:{os.environ['PATH']}"
+    return ServerCommand(first_word, ("bash", "-c", script, "card", *more), {"PATH": path})

@@ -29,11 +29,14 @@ class ExportConfig(Section):
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """what the weights are cast to"""
     serving_length: PositiveInt | None = None
-    """longest sequence that will be served; null: the target's longest, of which less is only warned of"""
+    """longest sequence that will be served, where that is less than the target's, null: the drafter needs as many
+    positions, and the model card's commands keep servers to it"""
     results: Path | None = None
     """folder that dist-train evaluate wrote, for the model card"""
-    gguf: bool = False
-    """write drafter.gguf as well, through llama.cpp's converter"""
+    gguf: bool | None = None
+    """write drafter.gguf as well, through llama.cpp's converter; null: where the target is a GGUF file"""
+    gguf_type: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """of its weights; null: as dtype"""
     llama_cpp: Path | None = None
     """llama.cpp's source folder, with convert_hf_to_gguf.py"""
     check: str | None = None
@@ -47,11 +50,13 @@ class ExportConfig(Section):
             raise ValueError("out is required")
         if self.target is None and self.tokenizer is None:
             raise ValueError("target.path is required, or tokenizer where there is no target")
+        if self.gguf is None:
+            self.gguf = self.target is not None and Path(self.target.path).suffix == ".gguf"
         if self.gguf and self.llama_cpp is None:
-            raise ValueError("gguf: name llama.cpp's source folder, llama_cpp=PATH")
+            raise ValueError("gguf: name llama.cpp's source folder, llama_cpp=PATH; or set gguf=false")
         return self
 
     @property
-    def gguf_type(self) -> str:
-        """The dtype in llama.cpp's words."""
-        return {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[self.dtype]
+    def outtype(self) -> str:
+        """The type of a GGUF file's weights, as llama.cpp's converter calls it."""
+        return self.gguf_type or {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}[self.dtype]

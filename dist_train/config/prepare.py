@@ -35,11 +35,13 @@ class PrepareConfig(Section):
     out: Path
     """folder of the corpus"""
     format: Literal["text", "chat"] = "text"
-    """chat: prompt and response pairs, packed, trained on responses only"""
+    """chat: conversations (messages, or ShareGPT's conversations), or pairs of prompt and response: packed, and trained
+    on every answer, to the end of its turn, only"""
     text_field: str = "text"
     prompt_field: str = "prompt"
     response_field: str = "response"
-    """prompt_ids and response_ids, where a record has both (what generate writes), go before the texts"""
+    """a record without it has messages; prompt_ids and response_ids, where both are there (what generate writes), go
+    before the texts"""
     bos: bool | None = None
     """begin each text document with BOS; null: where the tokenizer itself puts one before a text"""
     eos: bool | None = None

@@ -28,23 +28,50 @@ class RunSection(Section):
     """do not start when the estimate is above what is free"""
 
 
+class RopeScalingSection(Section):
+    """How RoPE is stretched, as config.json names it; these types are read alike by vLLM, SGLang and llama.cpp."""
+
+    rope_type: Literal["none", "linear", "yarn", "llama3"]
+    """none: not at all, whatever the target does"""
+    factor: float | None = Field(default=None, ge=1)
+    original_max_position_embeddings: PositiveInt | None = None
+    """yarn and llama3: positions before it is stretched"""
+    low_freq_factor: float | None = Field(default=None, gt=0)
+    """llama3, as the next"""
+    high_freq_factor: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _what_its_type_takes(self) -> RopeScalingSection:
+        wanted = {"none": 0, "linear": 1, "yarn": 2, "llama3": 4}[self.rope_type]
+        names = ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor")
+        for place, name in enumerate(names):
+            if (getattr(self, name) is None) == (place < wanted):
+                raise ValueError(f"rope_type {self.rope_type} takes {', '.join(names[:wanted]) or 'no numbers'}")
+        return self
+
+
 class DrafterSection(Section):
     """Shape of the drafter, or where its weights come from."""
 
     init_from: Path | None = None
-    """warm start: a Hugging Face folder, a run folder or one checkpoint; the sizes below are then not used"""
+    """warm start: a Hugging Face folder, a run folder or one checkpoint; its sizes are kept"""
     architecture: Literal["llama2-115m"] = "llama2-115m"
     """named sizes; llama2-115m: 1024 wide, 4 layers, 8 heads, MLP 2816, untied head, 4096 positions"""
     hidden_size: PositiveInt | None = None
-    """this and the following: null takes the architecture's"""
+    """this and the sizes below: null takes the architecture's"""
     layers: PositiveInt | None = None
     heads: PositiveInt | None = None
     kv_heads: PositiveInt | None = None
     """fewer than heads: grouped-query attention"""
     mlp_size: PositiveInt | None = None
-    max_positions: PositiveInt | None = None
-    """longest sequence it will serve"""
     tie_embeddings: bool | None = None
+    max_positions: PositiveInt | None = None
+    """longest sequence it will serve; null: the target's, no fewer than a warm start has; without a target the
+    architecture's. A server whose sequences may be longer stops drafting, or ends"""
+    rope_theta: float | None = Field(default=None, gt=1)
+    """base of RoPE; null: that of the warm start, or else the target's, or 10000"""
+    rope_scaling: RopeScalingSection | None = None
+    """null: as rope_theta, but for types of a target's that are not of these, such as longrope, which are left out"""
     attention: Attention = "auto"
     """as target.attention"""
 

@@ -12,7 +12,7 @@ VOCAB_SIZE = 2048
 LOSSES = ("kld", "tvd", "tvdpp")
 
 TARGET_SHAPE: dict[str, Any] = {"hidden_size": 256, "layers": 3, "heads": 4, "mlp_size": 688, "max_positions": 1024}
-DRAFTER_SHAPE: dict[str, Any] = {"hidden_size": 64, "layers": 1, "heads": 2, "mlp_size": 176, "max_positions": 1024}
+DRAFTER_SHAPE: dict[str, Any] = {"hidden_size": 64, "layers": 1, "heads": 2, "mlp_size": 176}
 
 
 @dataclass(frozen=True)

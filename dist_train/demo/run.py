@@ -300,6 +300,7 @@ class Demo:
             "out": str(self.out / "drafter"),
             "target": self.target_section,
             "prompts": {"inputs": str(self.out / "corpus" / "seeds.heldout.jsonl"), "limit": 8},
+            "results": str(self.out / "evaluation"),
         }
         print(f"export: the best is {best}", flush=True)
         self.stage("export", "export", config, processes=1)

@@ -6,6 +6,7 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import yaml
@@ -14,6 +15,7 @@ from data_shards import DataError
 from dist_train.errors import UserError, without_passwords
 from dist_train.export.provenance import is_hub_id, public_name
 from dist_train.models.drafter import find_model
+from dist_train.models.gguf import gguf_name
 from dist_train.reports.results import read_tables
 from dist_train.reports.tables import escaped, results_markdown
 from dist_train.runtime.version import __version__
@@ -28,12 +30,19 @@ class Facts:
     parameters: int
     dtype: str
     positions: int
+    longest: int | None
+    """positions of the target, if it is known"""
+    chats: bool
+    """there is a chat template"""
+    gamma: int | None
+    """drafted tokens a block, as `best_gamma` has it"""
     provenance: list[dict[str, Any]]
     results: str | None
     """Markdown tables"""
     assisted: tuple[int, int] | None
     """prompts and tokens on which transformers' assisted generation gave the target's own greedy output"""
-    gguf: bool
+    gguf: str | None
+    """type of the weights in drafter.gguf, if there is one"""
 
 
 def model_card(facts: Facts) -> str:
@@ -56,13 +65,7 @@ def measured(folder: Path, drafter: Path) -> str:
 
     Raises UserError when the results are of other drafters, DataError when there are none.
     """
-    results = read_tables(folder)
-    wanted = find_model(drafter).resolve()
-    named = {name: Path(entry["path"]) for name, entry in results["drafters"].items()}
-    name = next((name for name, path in named.items() if _is(path, wanted)), None)
-    if name is None:
-        tried = ", ".join(f"{name} ({path})" for name, path in named.items())
-        raise UserError(f"{folder}: results of {tried}, none of which is {drafter}; evaluate this one")
+    results, name = _results_of(folder, drafter)
     shown = {None, name, results["base"]}
     rows = {key: [row for row in results.get(key, []) if row["drafter"] in shown] for key in ("rows", "token_rate")}
     comparisons = [row for row in results["comparisons"] if {row["of"], row["over"]} <= shown]
@@ -77,6 +80,29 @@ def measured(folder: Path, drafter: Path) -> str:
         "Block efficiency: tokens per call of the target, at most gamma + 1. MBSU: memory-bound speed-up.\n\n"
         f"{tables}"
     )
+
+
+def best_gamma(folder: Path, drafter: Path) -> int | None:
+    """Drafted tokens a block at which one request at a time is predicted to be fastest, under most conditions.
+
+    0: no number of them pays. None: `dist-train evaluate` predicted nothing. Raises as `measured`.
+    """
+    results, name = _results_of(folder, drafter)
+    predicted = (results.get("prediction") or {}).get("speed_ups", [])
+    best = [row["best_gamma"] for row in predicted if row["drafter"] == name and row["batch_size"] == 1]
+    return mode(best) if best else None
+
+
+def _results_of(folder: Path, drafter: Path) -> tuple[dict[str, Any], str]:
+    """What `folder` holds, and what it calls this drafter."""
+    results = read_tables(folder)
+    wanted = find_model(drafter).resolve()
+    named = {name: Path(entry["path"]) for name, entry in results["drafters"].items()}
+    name = next((name for name, path in named.items() if _is(path, wanted)), None)
+    if name is None:
+        tried = ", ".join(f"{name} ({path})" for name, path in named.items())
+        raise UserError(f"{folder}: results of {tried}, none of which is {drafter}; evaluate this one")
+    return results, name
 
 
 def _is(path: Path, wanted: Path) -> bool:
@@ -130,46 +156,112 @@ def _source(source: dict[str, Any]) -> str:
     return f"{escaped(source['name'])}{share}"
 
 
+_GAMMA = 3
+
+
 def _serving(facts: Facts) -> str:
-    target = _word(public_name(facts.target) if facts.target else "TARGET")
-    speculative = {"model": facts.name, "method": "draft_model", "num_speculative_tokens": 5}
+    """The commands, as dist-train's tests run them against real servers (tests/serving/test_card.py)."""
+    gamma = _GAMMA if facts.gamma is None else max(1, facts.gamma)
+    chosen = "the best for one request at a time, as `dist-train evaluate` predicts for the machine that it ran on"
+    if facts.gamma is None:
+        chosen = "a guess, `dist-train evaluate` predicts the best"
+    elif facts.gamma == 0:
+        chosen = "`dist-train evaluate` predicts that drafting does not pay on the machine that it ran on"
+    short = facts.longest is not None and facts.positions < facts.longest
+    limit = (
+        f" The drafter has {facts.positions:,} positions, the target {facts.longest:,}: beyond its own a server stops "
+        "drafting, for all requests, or ends, so the commands keep servers to them."
+        if short
+        else ""
+    )
+    sections = [_transformers(facts, gamma), _llama_cpp(facts, gamma, short), _vllm(facts, gamma, short)]
+    return "\n".join(
+        [f"## Serving\n\n{gamma} drafted tokens a block: {chosen}.{limit}\n", *sections, _sglang(facts, gamma, short)]
+    )
+
+
+def _transformers(facts: Facts, gamma: int) -> str:
     proven = "Not run at this export."
     if facts.assisted:
         prompts, tokens = facts.assisted
-        proven = (
-            f"Proven at this export, in fp64: the target's own greedy output on {prompts} prompts ({tokens:,} tokens)."
-        )
-    made, convert = "`drafter.gguf` here was made by llama.cpp's converter.", ""
-    if not facts.gguf:
-        made, convert = "", f"python convert_hf_to_gguf.py {_word(facts.name)} --outfile drafter.gguf\n"
-    return f"""## Serving
-
-transformers, assisted generation. {proven}
+        proven = f"Proven at this export: the target's own greedy output on {prompts} prompts ({tokens:,} tokens)."
+    target, question = _named_target(facts), '"What is a draft model?"'
+    inputs = f'tokenizer({question}, return_tensors="pt")'
+    if facts.chats:
+        chat = f'[{{"role": "user", "content": {question}}}]'
+        how = 'add_generation_prompt=True, return_dict=True, return_tensors="pt"'
+        inputs = f"tokenizer.apply_chat_template(\n    {chat}, {how}\n)"
+    return f"""transformers, assisted generation. {proven}
 
 ```python
-target.generate(**inputs, assistant_model=AutoModelForCausalLM.from_pretrained({facts.name!r}))
-```
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-llama.cpp. {made}{" " * bool(made)}Unproven for this drafter; dist-train's tests draft in it on a CPU, with tiny models.
-
-```bash
-{convert}llama-server -m target.gguf --model-draft drafter.gguf --spec-type draft-simple --spec-draft-n-max 5
-```
-
-vLLM. Unproven: the commands are those of its documentation.
-
-```bash
-vllm serve {target} --speculative-config {_word(json.dumps(speculative))}
-```
-
-SGLang. Unproven, likewise.
-
-```bash
-python -m sglang.launch_server --model-path {target} --speculative-algorithm STANDALONE \\
-    --speculative-draft-model-path {_word(facts.name)} --speculative-num-steps 4 --speculative-eagle-topk 1 \\
-    --speculative-num-draft-tokens 5
+target = AutoModelForCausalLM.from_pretrained({target!r}, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained({target!r})
+drafter = AutoModelForCausalLM.from_pretrained({facts.name!r}, dtype="auto")
+# Otherwise transformers drafts another number of tokens each time, and stops at an uncertain one.
+drafter.generation_config.num_assistant_tokens = {gamma}
+drafter.generation_config.num_assistant_tokens_schedule = "constant"
+drafter.generation_config.assistant_confidence_threshold = 0.0
+inputs = {inputs}
+answer = target.generate(**inputs, assistant_model=drafter, max_new_tokens=64)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 ```
 """
+
+
+def _llama_cpp(facts: Facts, gamma: int, short: bool) -> str:
+    made = f"`drafter.gguf` here was made by llama.cpp's converter ({facts.gguf})."
+    drafter, convert = f"{facts.name}/drafter.gguf", ""
+    if facts.gguf is None:
+        made, drafter = "Its converter makes the file.", "drafter.gguf"
+        convert = f"python llama.cpp/convert_hf_to_gguf.py {_word(facts.name)} --outfile drafter.gguf\n"
+    target = gguf_name(facts.target) if facts.target else None
+    length = f" -c {facts.positions}" if short else ""
+    return f"""llama.cpp. {made} It drafts the likeliest token, also where the target samples. `--spec-draft-p-min 0`
+drafts all of a block; a higher one stops where the drafter is less sure.
+
+```bash
+{convert}llama-server -m {_word(target or "target.gguf")}{length} --model-draft {_word(drafter)} \\
+    --spec-type draft-simple --spec-draft-n-max {gamma} --spec-draft-n-min 0 --spec-draft-p-min 0
+```
+"""
+
+
+def _vllm(facts: Facts, gamma: int, short: bool) -> str:
+    speculative = {
+        "method": "draft_model",
+        "model": facts.name,
+        "num_speculative_tokens": gamma,
+        "draft_sample_method": "probabilistic",
+    }
+    length = f" --max-model-len {facts.positions}" if short else ""
+    return f"""vLLM. Without `draft_sample_method` it takes the likeliest tokens for drafts, and accepts fewer of them
+where the target samples.
+
+```bash
+vllm serve {_word(_named_target(facts))}{length} --speculative-config {_word(json.dumps(speculative))}
+```
+"""
+
+
+def _sglang(facts: Facts, gamma: int, short: bool) -> str:
+    length = f" --context-length {facts.positions}" if short else ""
+    return f"""SGLang. Unproven: the command is that of its documentation.
+
+```bash
+python -m sglang.launch_server --model-path {_word(_named_target(facts))}{length} --speculative-algorithm STANDALONE \\
+    --speculative-draft-model-path {_word(facts.name)} --speculative-num-steps {gamma} --speculative-eagle-topk 1 \\
+    --speculative-num-draft-tokens {gamma + 1}
+```
+"""
+
+
+def _named_target(facts: Facts) -> str:
+    """What loads the target from a folder or a hub; of one that is a GGUF file nobody but llama.cpp knows more."""
+    if facts.target is None or gguf_name(facts.target):
+        return "TARGET"
+    return public_name(facts.target)
 
 
 def _word(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 import uuid
@@ -33,6 +34,7 @@ def write_model(source: Path, folder: Path, reference: Reference, dtype: str) ->
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**reference.generation)
     model.save_pretrained(folder)
+    _tell_older_readers(folder / "config.json")
     for path in folder.glob("*.safetensors"):  # safetensors lets nobody else read what it writes
         path.chmod((folder / "config.json").stat().st_mode)
     try:
@@ -41,6 +43,16 @@ def write_model(source: Path, folder: Path, reference: Reference, dtype: str) ->
         raise
     except Exception as error:  # tokenizers raises nothing narrower for a full disk
         raise OSError(str(error)) from error
+
+
+def _tell_older_readers(path: Path) -> None:
+    """Name RoPE as transformers did before version 5, too: servers with that read it nowhere else."""
+    config = json.loads(path.read_text())
+    rope = config["rope_parameters"]
+    config["rope_theta"] = rope["rope_theta"]
+    if rope["rope_type"] != "default":
+        config["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def refuse_foreign(out: Path) -> None:

@@ -55,7 +55,7 @@ class Check(NamedTuple):
 def gate(folder: Path, reference: Reference, serving_length: int | None = None) -> list[Check]:
     """Check the Hugging Face folder of a drafter; every check is made, whatever the others found.
 
-    `serving_length`: tokens of the longest sequence to be served; None: the target's longest, and less is a warning.
+    `serving_length`: tokens of the longest sequence to be served; None: the target's longest.
     Raises UserError only where there is no config.json to check.
     """
     config = _read_json(folder / "config.json")
@@ -180,10 +180,12 @@ def _positions(config: dict[str, Any], reference: Reference, serving_length: int
         return Check("positions", "failed", f"{found!r} is no number; {AGAIN}")
     if wanted is None or found >= wanted:
         return Check("positions", "ok", f"{found}" + (f", {wanted} wanted" if wanted else ""))
-    mend = f"train with drafter.max_positions={wanted}"
+    mend = f"train with drafter.max_positions={wanted}, from this one by drafter.init_from"
     if serving_length is None:
-        text = f"{found}, the target has {wanted}; longer sequences go without drafts; {mend}, or name serving_length"
-        return Check("positions", "warning", text)
+        mend += f"; or set serving_length={found} and serve no more, as the model card then says"
+        return Check(
+            "positions", "failed", f"{found}, the target has {wanted}; servers stop drafting there, or end; {mend}"
+        )
     return Check("positions", "failed", f"{found}, fewer than serving_length {serving_length}; {mend}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from dist_train.config.read import read_yaml
 from dist_train.errors import UserError
 from dist_train.models.drafter import find_model
+from dist_train.models.gguf import gguf_name
 from dist_train.runtime.run_folder import CONFIG, read_manifest, run_of
 
 
@@ -39,8 +40,8 @@ def training_provenance(drafter: Path) -> list[dict[str, Any]]:
 
 
 def public_name(path: str) -> str:
-    """A hub id as it is, of a path the last part."""
-    return path if is_hub_id(path) else Path(path).name
+    """A hub id as it is, of a path the last part, and of what was unpacked from a GGUF file that file's name."""
+    return path if is_hub_id(path) else gguf_name(path) or Path(path).name
 
 
 def is_hub_id(path: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 from dist_train.config import ExportConfig, SeedsSection, TargetSection
 from dist_train.errors import UserError, printable
 from dist_train.export.assisted import check_assisted_generation
-from dist_train.export.card import Facts, measured, model_card
+from dist_train.export.card import Facts, best_gamma, measured, model_card
 from dist_train.export.folder import atomic_folder, refuse_foreign, write_marker, write_model
 from dist_train.export.gate import Check, gate, source_gate
 from dist_train.export.gguf import find_converter, write_gguf
@@ -115,10 +115,13 @@ def _write(config: ExportConfig, reference: Reference, folder: Path) -> None:
         parameters=model.num_parameters(),
         dtype=config.dtype,
         positions=model.config.max_position_embeddings,
+        longest=reference.max_positions,
+        chats=bool(reference.chat_template),
+        gamma=best_gamma(config.results, config.drafter) if config.results else None,
         provenance=provenance,
         results=measured(config.results, config.drafter) if config.results else None,
         assisted=assisted,
-        gguf=config.gguf,
+        gguf=config.outtype if config.gguf else None,
     )
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     write_marker(folder, {"dist_train": __version__, "dtype": config.dtype, "training": provenance})
@@ -152,8 +155,8 @@ def _prompts(
 
 def _convert(config: ExportConfig, folder: Path) -> None:
     assert config.llama_cpp is not None  # the configuration asks for it
-    write_gguf(folder, folder / GGUF_FILE, config.llama_cpp, config.gguf_type)
-    print(f"export: {GGUF_FILE}, {config.gguf_type}, by llama.cpp's converter", flush=True)
+    write_gguf(folder, folder / GGUF_FILE, config.llama_cpp, config.outtype)
+    print(f"export: {GGUF_FILE}, {config.outtype}, by llama.cpp's converter", flush=True)
 
 
 def _raise_failed(folder: Path, checks: list[Check]) -> None:

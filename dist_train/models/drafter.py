@@ -18,6 +18,7 @@ from dist_train.errors import UserError
 from dist_train.losses import Head
 from dist_train.models.attention import Documents, compile_blocks, use_attention
 from dist_train.models.load import SPECIAL, from_pretrained_whole, read_config
+from dist_train.models.rope import max_positions, rope_of, rope_parameters
 from dist_train.models.weights import refuse_unreadable_weights
 from dist_train.runtime.run_folder import CHECKPOINTS, LATEST, MANIFEST, MODEL, committed, verify
 
@@ -41,8 +42,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 Result = TypeVar("Result")
 
 
-def drafter_config(section: DrafterSection, vocab_size: int, bos_id: int | None, eos_id: int) -> LlamaConfig:
-    """The Hugging Face configuration of a drafter made from scratch.
+def drafter_config(
+    section: DrafterSection, vocab_size: int, bos_id: int | None, eos_id: int, target: Any = None
+) -> LlamaConfig:
+    """The Hugging Face configuration of a drafter made from scratch, with the positions of the `target`'s, if any.
 
     `vocab_size` is exactly the target's: servers compare it without tolerance. Raises UserError when the sizes do not
     fit together.
@@ -65,7 +68,8 @@ def drafter_config(section: DrafterSection, vocab_size: int, bos_id: int | None,
         num_hidden_layers=sizes["layers"],
         num_attention_heads=sizes["heads"],
         num_key_value_heads=section.kv_heads or sizes["heads"],
-        max_position_embeddings=sizes["max_positions"],
+        max_position_embeddings=section.max_positions or max_positions(target) or sizes["max_positions"],
+        rope_parameters=rope_parameters(section, rope_of(target)),
         tie_word_embeddings=sizes["tie_embeddings"],
         bos_token_id=bos_id,
         eos_token_id=eos_id,
@@ -82,8 +86,23 @@ def new_drafter(config: LlamaConfig, seed: int) -> PreTrainedModel:
         return LlamaForCausalLM(config)
 
 
-def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The drafter in a run folder, a checkpoint or a Hugging Face folder.
+def warm_config(section: DrafterSection, target: Any = None) -> Any:
+    """The configuration of the drafter at `section.init_from`, with the positions that `section` and target ask for.
+
+    RoPE has no weights: what was learned stays, and means the same unless the section names another RoPE. Raises
+    UserError when there is no drafter.
+    """
+    assert section.init_from is not None
+    config = read_drafter_config(section.init_from)
+    own = config.max_position_embeddings
+    config.max_position_embeddings = section.max_positions or max(own, max_positions(target) or own)
+    if section.rope_theta or section.rope_scaling:
+        config.rope_parameters = rope_parameters(section, config.rope_parameters)
+    return config
+
+
+def load_drafter(path: Path, dtype: torch.dtype = torch.float32, config: Any = None) -> PreTrainedModel:
+    """The drafter in a run folder, a checkpoint or a Hugging Face folder; `config`: in place of its own.
 
     Raises UserError when there is none, and when weights are missing or a checkpoint's are damaged.
     """
@@ -94,7 +113,9 @@ def load_drafter(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
         raise UserError(f"{folder.parent}: is damaged: {'; '.join(damaged)}; restore it or name another checkpoint")
     refuse_unreadable_weights(folder)
     try:
-        return from_pretrained_whole(folder, dtype=dtype, local_files_only=True)
+        return from_pretrained_whole(
+            folder, dtype=dtype, local_files_only=True, **({"config": config} if config else {})
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # RuntimeError: shapes that do not fit
         raise UserError(f"{folder}: no drafter can be loaded: {first_line(error)}") from error
 

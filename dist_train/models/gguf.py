@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from data_shards.errors import first_line
-from data_shards.files import file_xxh64
+from data_shards.files import file_xxh64, read_json, write_json
 from dist_train.config import Section
 from dist_train.errors import UserError
 
 SUFFIX = ".gguf"
+_ORIGIN = "dist_train_gguf.json"
 _NAMES = ("path", "tokenizer", "init_from")
 _MODEL = "model.gguf"
 _ENDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
@@ -42,6 +43,12 @@ def unpack_named(config: Section) -> None:
             setattr(config, name, type(value)(unpacked_gguf(Path(value))))
 
 
+def gguf_name(folder: str | Path) -> str | None:
+    """The name of the GGUF file that a folder was unpacked from; None for any other."""
+    origin = Path(folder) / _ORIGIN
+    return str(read_json(origin)["file"]) if origin.is_file() else None
+
+
 def unpacked_gguf(file: Path, cache: Path | None = None) -> Path:
     """The Hugging Face folder of a GGUF file; made where it is not there yet, by one process while others wait.
 
@@ -62,6 +69,7 @@ def unpacked_gguf(file: Path, cache: Path | None = None) -> Path:
             part = root / f"{folder.name}.part"
             shutil.rmtree(part, ignore_errors=True)  # of one that died
             unpack_gguf(file, part)
+            write_json(part / _ORIGIN, {"file": file.name})
             part.rename(folder)
     return folder
 

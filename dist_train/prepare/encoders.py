@@ -12,7 +12,8 @@ from data_shards.errors import DataError, listed
 from data_shards.inputs import Record
 from dist_train.config import PrepareConfig
 from dist_train.errors import UserError
-from dist_train.tokenizer import RefusedChatError, Tokenizer
+from dist_train.prompts.formats import CHAT_FIELDS, chat_turns, not_unicode
+from dist_train.tokenizer import MaskedChat, Message, RefusedChatError, Tokenizer, encode_answers, has_answers
 from dist_train.tokenizer.wordwise import Array
 
 
@@ -77,38 +78,42 @@ def _enclosed(ids: Array, lengths: Array, before: Sequence[int], after: Sequence
 
 
 class ChatEncoder:
-    """Records with a prompt and a response, or already with their ids; the response is what is trained on."""
+    """Conversations, pairs of a prompt and a response, or such already with their ids; answers are trained on."""
 
     has_mask = True
 
     def __init__(self, tokenizer: Tokenizer, config: PrepareConfig) -> None:
         self._tokenizer, self._prompt, self._response = tokenizer, config.prompt_field, config.response_field
-        self.fields: Sequence[str] = (config.prompt_field, config.response_field, *_ID_FIELDS)
+        self.fields: Sequence[str] = (config.prompt_field, config.response_field, *_ID_FIELDS, *CHAT_FIELDS)
         # The chat template decides where BOS and EOS stand.
         self.encoding = Encoding(tokenizer.sha256, tokenizer.vocab_size, bos=False, eos=False)
 
     def __call__(self, records: Sequence[Record]) -> Encoded:
-        """Encode; a response that ends by itself ends with EOS."""
-        documents, masks, rejected = [], [], []
+        """Encode; an answer ends as the template ends it, or where there is a pair alone, with EOS."""
+        documents: list[MaskedChat] = []
+        rejected = []
         for index, record in enumerate(records):
-            if problem := self._problem(record):
-                rejected.append(Rejected(index, *problem))
-                continue
             try:
-                prompt, response = self._ids(record)
+                documents += self._documents(record)
+            except _UnusableError as error:
+                rejected.append(Rejected(index, error.kind, str(error)))
             except RefusedChatError as error:
                 rejected.append(Rejected(index, "malformed", str(error)))
             except UserError as error:  # no template, or a broken one: told as it is, and not as a rank's own failure
                 raise DataError(str(error)) from error
-            else:
-                documents.append([*prompt, *response])
-                masks.append([0] * len(prompt) + [1] * len(response))
-        return Encoded(_flat(documents), _lengths(documents), _flat(masks), rejected)
+        ids, masks = [chat.ids for chat in documents], [chat.mask for chat in documents]
+        return Encoded(_flat(ids), _lengths(ids), _flat(masks), rejected)
 
-    def _problem(self, record: Record) -> tuple[str, str] | None:
+    def _documents(self, record: Record) -> list[MaskedChat]:
+        """Raises _UnusableError or RefusedChatError for a record that gives none."""
         if _has_ids(record):
-            return self._problem_of_ids(record)
-        return _problem(record, self._prompt) or _problem(record, self._response)
+            _raise(self._problem_of_ids(record))
+            return [_answered(record["prompt_ids"], record["response_ids"])]
+        if record.get(self._response) is None and any(record.get(field) for field in CHAT_FIELDS):
+            return encode_answers(self._tokenizer, _clear_messages(record))
+        _raise(_problem(record, self._prompt) or _problem(record, self._response))
+        prompt = self._tokenizer.encode_prompt([{"role": "user", "content": record[self._prompt]}])
+        return [_answered(prompt, [*self._tokenizer.encode(record[self._response]), self._tokenizer.eos_id])]
 
     def _problem_of_ids(self, record: Record) -> tuple[str, str] | None:
         for name in _ID_FIELDS:
@@ -122,11 +127,38 @@ class ChatEncoder:
                 )
         return None if record["response_ids"] else ("empty", "no response")
 
-    def _ids(self, record: Record) -> tuple[list[int], list[int]]:
-        if _has_ids(record):
-            return record["prompt_ids"], record["response_ids"]
-        prompt = self._tokenizer.encode_prompt([{"role": "user", "content": record[self._prompt]}])
-        return prompt, [*self._tokenizer.encode(record[self._response]), self._tokenizer.eos_id]
+
+class _UnusableError(Exception):
+    """A record that gives no document, for a reason of this kind."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def _raise(problem: tuple[str, str] | None) -> None:
+    if problem is not None:
+        raise _UnusableError(*problem)
+
+
+def _answered(prompt: list[int], response: list[int]) -> MaskedChat:
+    return MaskedChat([*prompt, *response], [0] * len(prompt) + [1] * len(response))
+
+
+def _clear_messages(record: Record) -> list[Message]:
+    """The messages of a conversation of which all is clear, and which has an answer. Raises _UnusableError."""
+    found = chat_turns(record)
+    if found is None:
+        raise _UnusableError("malformed", f"no chat messages in {' or '.join(map(repr, CHAT_FIELDS))}")
+    messages, unclear = found
+    if unclear:
+        first = min(unclear)
+        raise _UnusableError("malformed", f"message {first + 1} {unclear[first]}")
+    if reason := next(filter(None, (not_unicode(message["content"]) for message in messages)), None):
+        raise _UnusableError("encoding", reason)
+    if not has_answers(messages):
+        raise _UnusableError("empty", "no answer to a user's message")
+    return messages
 
 
 _ID_FIELDS = ("prompt_ids", "response_ids")  # what generate writes

@@ -116,9 +116,15 @@ def _prompt(record: Record, section: SeedsSection) -> Turns | None:
     return _user(value) if isinstance(value, str) else _messages(value)
 
 
-def _chat(record: Record, section: SeedsSection) -> Turns | None:
-    """Of two fields the one that is filled; tables of text alone hold messages as JSON."""
-    given = [record[name] for name in ("messages", "conversations") if record.get(name) is not None]
+CHAT_FIELDS = ("messages", "conversations")
+
+
+def chat_turns(record: Record) -> Turns | None:
+    """The conversation in `messages`, or in ShareGPT's `conversations`; None where there is none.
+
+    Of two fields the one that is filled; tables of text alone hold messages as JSON.
+    """
+    given = [record[name] for name in CHAT_FIELDS if record.get(name) is not None]
     value = next(filter(None, given), given[0] if given else None)  # joined tables fill one of the two
     if isinstance(value, str):
         try:
@@ -152,7 +158,7 @@ def _instruction(context_field: str) -> Callable[[Record, SeedsSection], Turns |
 
 _READERS: dict[str, Callable[[Record, SeedsSection], Turns | None]] = {
     "prompt": _prompt,
-    "chat": _chat,
+    "chat": lambda record, _: chat_turns(record),
     "oig": _oig,
     "dolly": _instruction("context"),
     "alpaca": _instruction("input"),

@@ -4,6 +4,7 @@ A tokenizer that comes as a sentencepiece model is run by sentencepiece itself, 
 export; one that exists only as Hugging Face files by `tokenizers`.
 """
 
+from dist_train.tokenizer.answers import MaskedChat, encode_answers, has_answers
 from dist_train.tokenizer.base import EncodedChat, Tokenizer
 from dist_train.tokenizer.chat import Message, RefusedChatError, Templates
 from dist_train.tokenizer.check import PROBES, conversion_note, differences, piece_difference
@@ -16,6 +17,7 @@ __all__ = [
     "PROBES",
     "EncodedChat",
     "HuggingFaceTokenizer",
+    "MaskedChat",
     "Message",
     "RefusedChatError",
     "SentencePieceTokenizer",
@@ -23,6 +25,8 @@ __all__ = [
     "Tokenizer",
     "conversion_note",
     "differences",
+    "encode_answers",
+    "has_answers",
     "load_tokenizer",
     "piece_difference",
     "refuse_torn",

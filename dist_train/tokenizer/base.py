@@ -82,33 +82,35 @@ class Tokenizer(ABC):
         """The ids of `encode_chat`."""
         return self.encode_chat(messages).ids
 
-    def encode_chat(self, messages: Sequence[Message]) -> EncodedChat:
-        """Ids of a conversation, rendered by its chat template.
+    def encode_chat(self, messages: Sequence[Message], *, answered: bool = False) -> EncodedChat:
+        """Ids of a conversation, rendered by its chat template; `answered`: whose last message is an answer.
 
         They are those that a server makes of the same messages, save where a message spells out a special token: there
         it stays text. Raises RefusedChatError where these messages cannot be rendered, or the tokens that they spell
         out not be told from the template's, and UserError where nothing can.
         """
-        rendered = self.chat.render(messages)
+        rendered = self.chat.render(messages, answered=answered)
         spells = [message["content"] for message in messages if self.special.may_hide_in(message["content"])]
-        parts = self._parts(messages, rendered, spells) if spells else None
+        parts = self._parts(messages, rendered, spells, answered=answered) if spells else None
         if parts is None:
             return EncodedChat(self._encode_whole(rendered), by_parts=False)
         return EncodedChat(self._encode_parts(parts), by_parts=True)
 
-    def _parts(self, messages: Sequence[Message], rendered: str, spells: Sequence[str]) -> list[str | int] | None:
+    def _parts(
+        self, messages: Sequence[Message], rendered: str, spells: Sequence[str], *, answered: bool
+    ) -> list[str | int] | None:
         """The template's special ids, and the texts between them; None where there are no other special tokens.
 
         Raises RefusedChatError where they cannot be told apart.
         """
         marks = self.special.marks(spells, rendered)
         if marks is not None:
-            found = self._marked(messages, marks, edges=True)
+            found = self._marked(messages, marks, edges=True, answered=answered)
             parts, as_read = self.special.cut(found), self.special.cut(rendered)
             ids, ids_read = _ids(parts), _ids(as_read)
             kept = found.translate(marks.table) == rendered
             if not kept:  # the template may look at what a message begins or ends with
-                found = self._marked(messages, marks, edges=False)
+                found = self._marked(messages, marks, edges=False, answered=answered)
                 parts = self.special.cut(found)
                 kept = found.translate(marks.table) == rendered and _ids(parts) == ids
             if ids == ids_read and (kept or not {self.special_ids[token] for token in marks.of} & {*ids_read}):
@@ -121,12 +123,11 @@ class Tokenizer(ABC):
             "these cannot be told from its own; take them out of the message"
         )
 
-    def _marked(self, messages: Sequence[Message], marks: Marks, *, edges: bool) -> str:
+    def _marked(self, messages: Sequence[Message], marks: Marks, *, edges: bool, answered: bool) -> str:
         """The conversation rendered with marks in its messages."""
         contents = (self.special.marked(message["content"], marks, edges=edges) for message in messages)
-        return self.chat.render(
-            [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
-        )
+        marked = [{**message, "content": content} for message, content in zip(messages, contents, strict=True)]
+        return self.chat.render(marked, answered=answered)
 
     def _encode_parts(self, parts: Sequence[str | int]) -> list[int]:
         """Ids of special tokens and texts in a row."""

@@ -47,15 +47,16 @@ class ChatTemplate:
         templates: Templates = self._renderer.chat_template
         return templates
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text of a conversation up to where the assistant's next answer begins.
+    def render(self, messages: Sequence[Message], *, answered: bool = False) -> str:
+        """The text of a conversation up to where the assistant's next answer begins, or `answered`, up to its end.
 
         Raises RefusedChatError where the template refuses these messages, and UserError where there is none, or it
         cannot be rendered.
         """
         if self._wants_parts:
-            return self._render([{**message, "content": _as_parts(message["content"])} for message in messages])
-        return self._render(messages)
+            messages_of_parts = [{**message, "content": _as_parts(message["content"])} for message in messages]
+            return self._render(messages_of_parts, answered=answered)
+        return self._render(messages, answered=answered)
 
     @cached_property
     def _wants_parts(self) -> bool:
@@ -77,14 +78,14 @@ class ChatTemplate:
             return False
         raise UserError(f"{self._source}: its chat template does not keep what a user says; {_MEND}")
 
-    def _render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def _render(self, messages: Sequence[Mapping[str, Any]], *, answered: bool = False) -> str:
         import jinja2
 
         broken = f"{self._source}: its chat template cannot be rendered: "
         try:
             with bounded(_SECONDS, _MEMORY):
                 text: str = self._renderer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, tokenize=False
+                    list(messages), add_generation_prompt=not answered, tokenize=False
                 )
         except TooSlowError:
             raise UserError(f"{broken}it takes more than {_SECONDS:.0f} s for one conversation; {_MEND}") from None

@@ -13,7 +13,7 @@ from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
-from dist_train.models.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, read_drafter_config
+from dist_train.models.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, warm_config
 from dist_train.models.load import check_target, read_target_config
 from dist_train.models.pairing import check_drafter
 from dist_train.models.sizes import num_parameters, parameters
@@ -137,8 +137,9 @@ def checkpoints_bytes(config: TrainConfig) -> float:
 
 
 def _planned_shape(config: TrainConfig) -> Any:
-    warm = config.drafter.init_from
-    return read_drafter_config(warm) if warm else _shape(config, named_tokenizer(config.target, config.tokenizer))
+    if config.drafter.init_from is not None:
+        return _warm(config)
+    return _shape(config, named_tokenizer(config.target, config.tokenizer))
 
 
 def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
@@ -166,7 +167,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
     # Cross-entropy alone takes nothing of the target but the size of its vocabulary.
     target = Target(config.target, runtime) if config.target and needs_target(config.objective) else None
     if config.drafter.init_from is not None:
-        model = load_drafter(config.drafter.init_from)
+        model = load_drafter(config.drafter.init_from, config=_warm(config))
     else:
         model = new_drafter(_shape(config, tokenizer), config.run.seed)
     drafter = TrainableDrafter(
@@ -220,7 +221,13 @@ def _logits(config: TrainConfig, vocab_size: int, runtime: Runtime) -> float:
 
 def _shape(config: TrainConfig, tokenizer: Tokenizer) -> Any:
     """The Hugging Face configuration of a drafter made from scratch."""
-    return drafter_config(config.drafter, _vocab_size(config, tokenizer), tokenizer.bos_id, tokenizer.eos_id)
+    target = read_target_config(config.target) if config.target else None
+    return drafter_config(config.drafter, _vocab_size(config, tokenizer), tokenizer.bos_id, tokenizer.eos_id, target)
+
+
+def _warm(config: TrainConfig) -> Any:
+    """That of a drafter which is there, with the positions that this run gives it."""
+    return warm_config(config.drafter, read_target_config(config.target) if config.target else None)
 
 
 def _name(config: TrainConfig) -> str:

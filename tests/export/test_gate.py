@@ -168,7 +168,7 @@ def test_a_drafter_shorter_than_what_is_served(exported, verdicts, tmp_path):
     folder = tmp_path / "short"
     shutil.copytree(exported, folder)
     edit("config.json", max_position_embeddings=64)(folder)
-    assert (lambda code, found: (code, found["positions"]))(*verdicts(folder)) == (0, "warning")
+    assert (lambda code, found: (code, found["positions"]))(*verdicts(folder)) == (1, "failed")
     assert (lambda code, found: (code, found["positions"]))(*verdicts(folder, "serving_length=64")) == (0, "ok")
     assert (lambda code, found: (code, found["positions"]))(*verdicts(folder, "serving_length=65")) == (1, "failed")
 

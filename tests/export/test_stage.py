@@ -152,14 +152,17 @@ def test_a_hub_target_is_the_base_model():
     from dist_train.export.card import Facts, model_card
 
     front, text = front_matter(
-        model_card(Facts("drafter", "meta-llama/Llama-2-7b-chat-hf", 10, "bf16", 64, [], None, None, False))
+        model_card(
+            Facts("drafter", "meta-llama/Llama-2-7b-chat-hf", 10, "bf16", 64, 64, True, None, [], None, None, None)
+        )
     )
     assert front["base_model"] == "meta-llama/Llama-2-7b-chat-hf"
     command = next(line for line in text.splitlines() if line.startswith("vllm serve"))
     assert json.loads(command.split("'")[1]) == {
         "model": "drafter",
         "method": "draft_model",
-        "num_speculative_tokens": 5,
+        "num_speculative_tokens": 3,
+        "draft_sample_method": "probabilistic",
     }
     assert "Unproven" in text
 

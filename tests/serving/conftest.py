@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from served_pair import END, NEW_TOKENS, PROMPTS, Pair, named, random_target
+from served_pair import make_pair, named
 
 
 @pytest.fixture(scope="session")
@@ -18,33 +18,32 @@ def llama_cpp():
 
 @pytest.fixture(scope="session")
 def pair(tiny, tmp_path_factory):
-    import torch
-    from transformers import LlamaForCausalLM
+    return make_pair(tiny, tmp_path_factory.mktemp("served"))
 
-    from dist_train.cli import main
-    from dist_train.tokenizer import load_tokenizer
 
-    root = tmp_path_factory.mktemp("served")
-    target = random_target(tiny.vocab_size)
-    tokenizer = load_tokenizer(tiny.tokenizer)
-    target.save_pretrained(root / "target")
-    tokenizer.save(root / "target")
-    prompts = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in PROMPTS]
-    greedy = []
-    for ids in prompts:
-        given = torch.tensor([ids])
-        mask = torch.ones_like(given)
-        answer = target.generate(
-            given, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=END, eos_token_id=END
-        )
-        greedy.append(answer[0, len(ids) :].tolist())
-    assert all(answer[0] != END for answer in greedy)
-    drafter = LlamaForCausalLM(target.config).eval()
-    with torch.no_grad():
-        for mine, given in zip(drafter.parameters(), target.parameters(), strict=True):
-            mine.copy_(given + 0.01 * torch.randn_like(given))
-    drafter.save_pretrained(root / "drafter")
-    exported = root / "exported"
-    words = [f"drafter={root / 'drafter'}", f"target.path={root / 'target'}", f"out={exported}", "dtype=fp32"]
-    assert main(["export", *words]) == 0
-    return Pair(root / "target", exported, target, drafter, prompts, greedy)
+# On a CPU vLLM 0.32 (vllm/utils/cpu_triton_utils.py) spreads temperature and top-p over draft positions into a copy, as
+# whole numbers, that it throws away: sampled answers with a drafter come from other distributions. What its Triton
+# kernel does on a GPU, in torch; a plugin of vLLM's own kind puts it in place, in the server that the tests start.
+PLUGIN = """
+def mend():
+    from vllm.utils import cpu_triton_utils
+
+    def expand(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
+        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
+        values = input_val.masked_fill(input_val == replace_from, replace_to)
+        output[: int(counts.sum())] = values.repeat_interleave(counts)
+
+    cpu_triton_utils._expand_kernel_impl = expand
+"""
+
+
+@pytest.fixture(scope="session")
+def vllm_environment(tmp_path_factory):
+    """Of a server with the mend: a folder of Python's path that looks like an installed plugin."""
+    folder = tmp_path_factory.mktemp("plugin")
+    (folder / "mended_vllm.py").write_text(PLUGIN)
+    about = folder / "mended_vllm-0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mended_vllm\nVersion: 0\n")
+    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nmended_vllm = mended_vllm:mend\n")
+    return {"PYTHONPATH": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}

@@ -2,62 +2,37 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from served_pair import END, GAMMA, NEW_TOKENS, POSITIONS, assert_same_distribution, assert_same_efficiency, counters
+from served_pair import (
+    EAGER,
+    GAMMA,
+    NEW_TOKENS,
+    POSITIONS,
+    answered_by_vllm,
+    assert_same_distribution,
+    assert_same_efficiency,
+    counters,
+)
 
 from data_shards.files import read_json
 from dist_train.errors import UserError
-from dist_train.serving.http import Client
 from dist_train.serving.launch import running
-from dist_train.serving.vllm import UNBENT, counted_between, vllm_command
+from dist_train.serving.vllm import counted_between, vllm_command
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1500)]
 
-AT_ONCE = 8
-# Nothing is compiled, and a prompt is never read in pieces: vLLM 0.32 ends on a CPU where a seeded request's is
-# ("CPU Generator does not use offset").
-OPTIONS = ["--enforce-eager", "--max-num-batched-tokens", "4096", "--max-num-seqs", str(AT_ONCE)]
-
-# On a CPU vLLM 0.32 (vllm/utils/cpu_triton_utils.py) spreads temperature and top-p over draft positions into a copy, as
-# whole numbers, that it throws away: sampled answers with a drafter come from other distributions. What its Triton
-# kernel does on a GPU, in torch; a plugin of vLLM's own kind puts it in place, in the server that the tests start.
-PLUGIN = """
-def mend():
-    from vllm.utils import cpu_triton_utils
-
-    def expand(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
-        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
-        values = input_val.masked_fill(input_val == replace_from, replace_to)
-        output[: int(counts.sum())] = values.repeat_interleave(counts)
-
-    cpu_triton_utils._expand_kernel_impl = expand
-"""
-
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of a server with the mend: a folder of Python's path that looks like an installed plugin."""
-    folder = tmp_path_factory.mktemp("plugin")
-    (folder / "mended_vllm.py").write_text(PLUGIN)
-    about = folder / "mended_vllm-0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mended_vllm\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nmended_vllm = mended_vllm:mend\n")
-    return {"PYTHONPATH": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="module")
-def start(pair, vllm_python, environment, tmp_path_factory):
+def start(pair, vllm_python, vllm_environment, tmp_path_factory):
     """`start(drafter=..., gamma=...)` is a `with` block in which vLLM serves the pair's target."""
     logs = tmp_path_factory.mktemp("logs")
 
     def running_vllm(patience=900.0, **how):
-        command = vllm_command(vllm_python, pair.target, dtype="float32", positions=POSITIONS, more=OPTIONS, **how)
+        command = vllm_command(vllm_python, pair.target, dtype="float32", positions=POSITIONS, more=EAGER, **how)
         return running(
-            command._replace(environment={**command.environment, **environment}),
+            command._replace(environment={**command.environment, **vllm_environment}),
             logs / f"{len([*logs.iterdir()])}.log",
             patience,
         )
@@ -79,29 +54,14 @@ def drafting(start, pair):
         yield url
 
 
-def answered(url, prompts, temperature=0.0, new_tokens=NEW_TOKENS):
-    """The ids of the answers to all prompts, each with a seed of its own."""
-    client = Client(f"{url}/v1", None, timeout=300, patience=0)
-    model = client.ask("GET", "/models")["data"][0]["id"]
-
-    def ask(i):
-        body = {"model": model, "prompt": prompts[i], "max_tokens": new_tokens, "temperature": temperature, "seed": i}
-        answer = client.ask("POST", "/completions", {**body, **UNBENT, "return_token_ids": True})["choices"][0]
-        ids = answer["token_ids"]
-        return ids if answer["finish_reason"] == "length" or ids[-1:] == [END] else [*ids, END]
-
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return [*pool.map(ask, range(len(prompts)))]
-
-
 def test_greedy_answers_are_the_targets_with_and_without_a_drafter(pair, plain, drafting):
-    assert answered(plain, pair.prompts) == pair.greedy
-    assert answered(drafting, pair.prompts) == pair.greedy
+    assert answered_by_vllm(plain, pair.prompts) == pair.greedy
+    assert answered_by_vllm(drafting, pair.prompts) == pair.greedy
 
 
 def test_greedy_counters_are_our_decoders(pair, drafting):
     before = counters(drafting)
-    answers = answered(drafting, pair.prompts)
+    answers = answered_by_vllm(drafting, pair.prompts)
     counted = counted_between(before, counters(drafting))
     assert answers == pair.greedy
     blocks = [block for of_prompt in pair.decode(pair.greedy).blocks for block in of_prompt]
@@ -113,9 +73,9 @@ def test_sampled_answers_have_the_targets_distribution(pair, drafting):
     repeats, temperature = 30, 0.7
     many = replace(pair, prompts=pair.prompts * repeats)
     before = counters(drafting)
-    answers = answered(drafting, many.prompts, temperature)
+    answers = answered_by_vllm(drafting, many.prompts, temperature)
     counted = counted_between(before, counters(drafting))
-    short = answered(drafting, pair.prompts[:1] * 1500, temperature, new_tokens=4)
+    short = answered_by_vllm(drafting, pair.prompts[:1] * 1500, temperature, new_tokens=4)
     assert_same_distribution(pair, short, temperature)
     blocks = many.decode(answers, temperature, draft_greedily=False).blocks
     assert_same_efficiency(counted.drafts, counted.accepted, blocks)

@@ -3,96 +3,16 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 import shutil
 import time
 
 import pytest
-import tokenizers
-from chat_templates import CHATML, FAMILIES
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from chat_templates import CHATML, FAMILIES, conversations, make
+from transformers import AutoTokenizer
 
 from dist_train.errors import UserError
 from dist_train.tokenizer import RefusedChatError, load_tokenizer
-
-TEXTS = (
-    "the kettle hums on a shelf when rain begins, and nobody minds",
-    "日本語のテキスト",
-    "naïve café 🙂",
-    "1 + 2 = 3\n",
-)
-
-
-def bytewise():
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        TEXTS * 9, trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet, show_progress=False)
-    )
-    return tokenizer
-
-
-def spaced(folder):
-    """As Mistral's and others: one space goes before all, none after a special token."""
-    content = json.loads((folder / "tokenizer.json").read_text())
-    content["normalizer"] = content["post_processor"] = None
-    content["added_tokens"] = content["added_tokens"][:1]  # <unk>
-    content["pre_tokenizer"] = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
-
-
-def make(name, folder, tiny):
-    """The folder of a family's tokenizer."""
-    family = FAMILIES[name]
-    if family.kind == "sentencepiece":
-        shutil.copytree(tiny.tokenizer, folder)
-        config = json.loads((folder / "tokenizer_config.json").read_text())
-        (folder / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": family.template}))
-        return folder
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bytewise() if family.kind == "bytes" else spaced(tiny.tokenizer),
-        bos_token=family.bos,
-        eos_token=family.eos,
-        extra_special_tokens=[
-            tokenizers.AddedToken(token, special=True, normalized=False, rstrip=family.rstrip)
-            for token in family.special
-        ],
-        clean_up_tokenization_spaces=False,
-        chat_template=family.template,
-    )
-    tokenizer.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in family.added])
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def conversations(count, spelled=()):
-    """System messages, several turns, Unicode, reasoning, white space; with `spelled`, such tokens, whole and torn."""
-    drawn = random.Random(count)
-    torn = [token[at:] if at % 2 else token[:at] for token in spelled for at in (1, 3, len(token) - 1)]
-    words = [*TEXTS, "  ", "\n", " trailing ", "/no_think", "<think>", "</think>\n", ">", "<", "system", "x" * 60]
-    words += [
-        "\ue000",
-        "\U000f0000\U000f0001",
-        "<tool_response>",
-        "{{ messages }}",
-        "[INST",
-        *(torn + list(spelled)) * 2,
-    ]
-
-    def text():
-        return " ".join(drawn.choices(words, k=drawn.randrange(1, 7)))
-
-    found = []
-    for _ in range(count):
-        messages = [{"role": "system", "content": text()}] * (drawn.random() < 0.4)
-        for _ in range(drawn.randrange(3)):
-            reasoning = f"<think>\n{text()}\n</think>\n\n" if drawn.random() < 0.5 else ""
-            messages += [{"role": "user", "content": text()}, {"role": "assistant", "content": reasoning + text()}]
-        found.append([*messages, {"role": "user", "content": text()}])
-    return found
 
 
 @pytest.mark.parametrize("name", FAMILIES)
