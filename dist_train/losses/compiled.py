@@ -62,7 +62,9 @@ def _region(block: Block, arguments: Arguments) -> Region:
     from torch.fx.experimental.proxy_tensor import make_fx
 
     recorded = make_fx(partial(block, traced=True), tracing_mode="fake")(*arguments)
-    region: Region = torch.compile(recorded, fullgraph=True, dynamic=False)
+    # On CUDA a block has more rows than the GPU has processors: each row is reduced by one kernel, not by two.
+    options = {"split_reductions": False}
+    region: Region = torch.compile(recorded, fullgraph=True, dynamic=False, options=options)
     return region
 
 

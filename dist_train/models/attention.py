@@ -7,7 +7,8 @@ micro-batch (torch.nn.attention.varlen); elsewhere each document goes through sc
 
 from __future__ import annotations
 
-from functools import cache
+import inspect
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -161,12 +162,16 @@ def _two_documents(model: Any) -> Tensor:
 
 @cache
 def _varlen_attn() -> Any:
-    """torch's variable-length attention, or None: it came with torch 2.10."""
+    """torch's variable-length attention, or None: with scale and window, as it is needed here, from torch 2.11 on."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn
+    known = inspect.signature(varlen_attn).parameters
+    if not {"scale", "window_size"} <= known.keys():
+        return None
+    # Newer versions have grouped heads asked for; the kernel of torch 2.11 takes them unasked.
+    return partial(varlen_attn, enable_gqa=True) if "enable_gqa" in known else varlen_attn
 
 
 def _has_varlen(query: Tensor, value: Tensor) -> bool:
@@ -189,7 +194,6 @@ def _varlen(
         documents.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=heads != key.shape[1],
     )
     return found.view(batch, length, heads, -1)
 

@@ -61,7 +61,7 @@ def test_the_variable_length_kernel_is_document_by_document(device, size, heads,
     documents = Documents.of_host(POSITIONS, device)
     for alone in (False, True):
         if alone:
-            monkeypatch.setattr(attention, "_has_varlen", lambda query: False)
+            monkeypatch.setattr(attention, "_has_varlen", lambda *given: False)
         parts = [part.to(device).requires_grad_() for part in rounded]
         found, _ = packed_attention(None, *parts, None, documents=documents, sliding_window=window)
         assert found.shape == (2, TOKENS, heads, size)

@@ -22,12 +22,19 @@ def random(*shape, seed, scale=1.0, device="cpu", dtype=torch.float32):
     return (torch.randn(*shape, generator=generator) * scale).to(device, dtype)
 
 
+def without_ties(z, y):
+    """`y`, moved where log p and log q are so near that fp32 cannot tell them apart: there the gradients jump."""
+    distance = torch.log_softmax(z.double(), -1) - torch.log_softmax(y.double(), -1)
+    return torch.where(distance.abs() < 1e-5, y + 1e-3, y)
+
+
 @pytest.mark.parametrize("vocab", [32_000, 128_256])
 @pytest.mark.parametrize("dtype", BOUNDS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_compiled_is_eager_is_the_closed_form(device, name, dtype, vocab):
     """Value, and gradient at the logits: the heads' weights are the logits, the hidden states unit vectors."""
-    z, y = (random(ROWS, vocab, seed=seed, scale=2.0, dtype=dtype) for seed in (0, 1))
+    z, y = (random(ROWS, vocab, seed=seed, scale=2.0) for seed in (0, 1))
+    z, y = z.to(dtype), without_ties(z, y).to(dtype)
     labels = torch.arange(ROWS) * 7
     value, gradient = closed_form(name, z, y, labels)
     unit, target_weight = torch.eye(ROWS, dtype=dtype, device=device), y.T.contiguous().to(device)
@@ -123,7 +130,7 @@ def test_a_block_takes_few_kernels(name, capsys):
     a_block, fused_of_it = (len(four) - len(two)) / 2, (fused[1] - fused[0]) / 2
     with capsys.disabled():
         print(f"\n  {name:6} a block of {rows} x {vocab}: {a_block:g} kernels, {fused_of_it:g} of them fused")
-    assert 1 <= fused_of_it <= 12
+    assert 1 <= fused_of_it <= 12, two
     assert a_block <= fused_of_it + 12  # two heads, two gradients, a sum, the columns
 
 

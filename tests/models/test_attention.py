@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from types import ModuleType
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dist_train.errors import UserError
-from dist_train.models.attention import PACKED, Documents, use_attention
+from dist_train.models import attention
+from dist_train.models.attention import PACKED, Documents, packed_attention, use_attention
 from dist_train.models.drafter import TrainableDrafter
 
 LENGTHS = [[20, 7, 1, 12], [40]]
@@ -140,3 +145,43 @@ def test_compiled_blocks_are_not_compiled_again_for_other_documents():
         return counter.frame_count
 
     assert compiled_for([40]) == compiled_for([20, 20]) == compiled_for([1, 39]) == compiled_for([10, 20, 10]) > 0
+
+
+def varlen_of_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    raise AssertionError("knows neither scale nor window")
+
+
+def varlen_of_2_11(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+):
+    assert window_size == (-1, 0)
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert max_q == max_k >= int(cu_seq_q.diff().max())
+    parts = zip(*(part.transpose(0, 1).split(cu_seq_q.diff().tolist(), 1) for part in (query, key, value)), strict=True)
+    alone = [F.scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True) for part in parts]
+    return torch.cat(alone, 1).transpose(0, 1)
+
+
+def varlen_of_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    return varlen_of_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+@pytest.mark.parametrize("kernel", [None, varlen_of_2_10, varlen_of_2_11, varlen_of_2_13])
+def test_the_kernel_is_called_as_each_torch_has_it(kernel, monkeypatch):
+    """Or not at all, where it is missing or does not take what is needed."""
+    module = ModuleType("varlen")
+    if kernel is not None:
+        module.varlen_attn = kernel
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setattr(attention, "_varlen_attn", attention._varlen_attn.__wrapped__)
+    if kernel in (None, varlen_of_2_10):
+        assert attention._varlen_attn() is None
+        return
+    query, key, value = (torch.randn(2, heads, 40, 8) for heads in (4, 2, 2))
+    documents = Documents.of_host(POSITIONS, torch.device("cpu"))
+    found = attention._varlen(query, key, value, documents, 0.3, None)
+    expected, _ = packed_attention(None, query, key, value, None, scaling=0.3, documents=documents)
+    torch.testing.assert_close(found, expected)
