@@ -5,7 +5,7 @@ suggestion; the resolved tree is saved beside every run.
 """
 
 from dist_train.config.base import Section, SeedsSection, TargetSection
-from dist_train.config.evaluate import EvaluateConfig, ServedConfig, TaskSection, TokenRateSection
+from dist_train.config.evaluate import EvaluateConfig, PredictionSection, ServedConfig, TaskSection, TokenRateSection
 from dist_train.config.export import ExportConfig
 from dist_train.config.generate import GenerateConfig
 from dist_train.config.precision import resolve_precision
@@ -44,6 +44,7 @@ __all__ = [
     "OnPolicySection",
     "PipelineConfig",
     "PipelineStage",
+    "PredictionSection",
     "PrepareConfig",
     "PretrainConfig",
     "RunSection",

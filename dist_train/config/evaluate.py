@@ -70,6 +70,16 @@ class TokenRateSection(Section):
     """the median of so many rounds counts; in each every one has its turn"""
 
 
+class PredictionSection(Section):
+    """Speed-ups predicted from measured acceptance and measured costs of single calls."""
+
+    batch_sizes: Annotated[list[PositiveInt], Once] = Field(default=[1, 4, 16, 64], min_length=1)
+    """at which calls are timed, as far as memory and time allow"""
+    seconds: NonNegativeFloat = 20.0
+    """for timing all calls, on rank 0: batch sizes that do not fit are left out; the smallest is timed if calls take
+    longer, too; 0: no prediction"""
+
+
 class EvaluateConfig(Section):
     """dist-train evaluate: block efficiency, MBSU and token rate of drafters with a target."""
 
@@ -95,6 +105,7 @@ class EvaluateConfig(Section):
     batch_size: PositiveInt = 32
     """prompts decoded at a time"""
     token_rate: TokenRateSection = TokenRateSection()
+    prediction: PredictionSection = PredictionSection()
     seed: int = 0
 
 

@@ -24,10 +24,12 @@ class Generated:
 
     The last block counts in full, also where the text ended within it, by its end-of-sequence id or by
     `max_new_tokens`: how many drafts the target accepts does not depend on where a text is cut, and servers count so.
+    `confidences`: of each block the drafter's confidence in each of its gamma drafts, where they are recorded.
     """
 
     tokens: list[list[int]]
     blocks: list[list[int]]
+    confidences: list[list[list[float]]]
 
 
 class Rows:
@@ -67,7 +69,8 @@ class Rows:
         blocks = max(limits) if seeds is not None else 1
         self._chances = torch.zeros(self.size, blocks, 2 * gamma + 1, dtype=torch.float64, device=device)
         self._who: list[int] = []
-        self.found = Generated([[] for _ in prompts], [[] for _ in prompts])
+        self.found = Generated([[] for _ in prompts], [[] for _ in prompts], [[] for _ in prompts])
+        self._noted: list[tuple[list[int], Tensor]] = []
 
     def fill(self, readers: Sequence[RowReader]) -> bool:
         """Let waiting prompts in, several at a time, and read them; whether there is anything to decode."""
@@ -108,6 +111,17 @@ class Rows:
         finished = [row for row in range(self.active) if self._write(self._who[row], told[row])]
         if finished:
             self._leave(finished, readers)
+
+    def note(self, confidences: Tensor) -> None:
+        """Keep the drafter's confidences [B, gamma] of the block that is committed next until the end."""
+        self._noted.append((list(self._who), confidences[: self.active]))
+
+    def finish(self) -> Generated:
+        """What was found."""
+        for rows, confidences in self._noted:
+            for who, row in zip(rows, confidences.tolist(), strict=True):
+                self.found.confidences[who].append(row)
+        return self.found
 
     def _write(self, who: int, told: Sequence[int]) -> bool:
         """Keep what a block gave to a text; whether that ends it."""

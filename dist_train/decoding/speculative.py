@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_train.decoding.attention import grouped_attention
 from dist_train.decoding.cache import RowReader
-from dist_train.decoding.draft import TokenByToken
+from dist_train.decoding.draft import Drafting, TokenByToken
 from dist_train.decoding.rows import Generated, Rows
 from dist_train.decoding.sampling import Sampler
 from dist_train.decoding.verify import verify, verify_greedy
@@ -35,13 +35,15 @@ def speculative_generate(
     eos_ids: Sequence[int] = (),
     seed: int = 0,
     draft_greedily: bool = False,
+    record_confidences: bool = False,
     batch_size: int | None = None,
 ) -> Generated:
     """Continue prompts (token ids, of any lengths, at least one each) with the target's own distribution.
 
     `drafter` and `target` are Hugging Face causal language models of one vocabulary; without a drafter, or with gamma
     0, this is plain decoding. Temperature 0 is greedy. The drafter samples under the same temperature and top-p, or,
-    with `draft_greedily`, takes its likeliest token, as servers do by default. `batch_size` prompts are decoded at a
+    with `draft_greedily`, takes its likeliest token, as servers do by default. With `record_confidences` the drafter's
+    confidence in each draft comes along (`draft.TokenByToken`). `batch_size` prompts are decoded at a
     time (None: all). The random numbers of a prompt are its own, from `seed` and its place in `input_ids`: batch size
     and neighbours do not change them.
     """
@@ -52,7 +54,8 @@ def speculative_generate(
     sampler = Sampler(temperature, top_p, target.device) if temperature > 0 else None
     draft = None
     if gamma:
-        draft = TokenByToken(RowReader(drafter, rows.size, rows.slots), gamma, None if draft_greedily else sampler)
+        reader = RowReader(drafter, rows.size, rows.slots)
+        draft = TokenByToken(reader, gamma, None if draft_greedily else sampler, record=record_confidences)
     return _decode(RowReader(target, rows.size, rows.slots), draft, rows, sampler)
 
 
@@ -87,20 +90,24 @@ def _decode(target: RowReader, draft: TokenByToken | None, rows: Rows, sampler: 
             for whole in (False, True):
                 for each in samplers:
                     each.begin(whole=whole)
-                block, accepted = _block(target, draft, rows, sampler)
+                block, accepted = decode_block(target, draft, rows, sampler)
                 flags = [*(reader.nan for reader in readers), *(each.incomplete for each in samplers)]
-                told, found = _read(block, accepted, flags)
+                told, found = read_block(block, accepted, flags)
                 for reader, nan in zip(readers, found, strict=False):
                     if nan:
                         raise reader.nan_error()
                 # A nucleus that was not found whole: again. What was read is written over, and nothing was committed.
                 if not any(found):
                     break
+            if draft and draft.record:
+                rows.note(torch.stack(draft.confidences, 1))
             rows.commit(block, accepted, told, readers)
-    return rows.found
+    return rows.finish()
 
 
-def _block(target: RowReader, draft: TokenByToken | None, rows: Rows, sampler: Sampler | None) -> tuple[Tensor, Tensor]:
+def decode_block(
+    target: RowReader, draft: Drafting | None, rows: Rows, sampler: Sampler | None
+) -> tuple[Tensor, Tensor]:
     """Draft after each row and verify: tokens [B, gamma + 1], and how many of the drafts among them count [B].
 
     The token after the accepted ones is the target's; those beyond it mean nothing.
@@ -118,7 +125,7 @@ def _block(target: RowReader, draft: TokenByToken | None, rows: Rows, sampler: S
     return torch.cat([drafts, extra[:, None]], 1).scatter(1, accepted[:, None], extra[:, None]), accepted
 
 
-def _read(block: Tensor, accepted: Tensor, flags: list[Tensor]) -> tuple[list[list[int]], list[int]]:
+def read_block(block: Tensor, accepted: Tensor, flags: list[Tensor]) -> tuple[list[list[int]], list[int]]:
     """The one thing that the host waits for: of each row its block and how many were accepted; and the flags."""
     rows, width = len(block), block.shape[1] + 1
     numbers = torch.cat([torch.cat([block, accepted[:, None]], 1).flatten(), torch.stack(flags).long()]).tolist()

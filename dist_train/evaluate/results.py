@@ -54,7 +54,7 @@ def gather(
     parameters: Mapping[str, int],
     target: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of results.json but for the token rate. `found`: blocks and lengths of the texts of each cell."""
+    """The content of results.json but for what is timed. `found`: blocks and lengths of the texts of each cell."""
     base = next(iter(config.drafters))
     rows = []
     for cell, counts in found.items():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from dist_train.config import EvaluateConfig, save_config
 from dist_train.errors import UserError
 from dist_train.evaluate.measures import token_rates
 from dist_train.evaluate.memory import memory_report
-from dist_train.evaluate.results import Cell, gather, write_results
+from dist_train.evaluate.results import Cell, Found, gather, write_results
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.models.drafter import find_model, load_drafter, read_drafter_config
 from dist_train.models.load import DTYPES, check_target, config_digest, read_target_config, target_identity
 from dist_train.models.pairing import check_drafter
-from dist_train.models.sizes import num_parameters
+from dist_train.models.sizes import bytes_read, num_parameters
 from dist_train.models.target import load_decoder, weights_digest
 from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
 from dist_train.runtime.process_group import Runtime, started
@@ -75,14 +76,20 @@ def run(config: EvaluateConfig) -> None:
         with Progress("evaluate", len(works), "unit", first=done, enabled=runtime.is_first, look=units.done) as bar:
             units.run(make, bar.update)
         if runtime.is_first:
-            found: dict[Cell, dict[str, list[Any]]] = {cell: {"blocks": [], "lengths": []} for cell in cells}
+            found: dict[Cell, dict[str, list[Any]]] = {
+                cell: {"blocks": [], "lengths": [], "confidences": []} for cell in cells
+            }
             for unit, (cell, _) in enumerate(works):
                 for key, values in _read_unit(units.path(unit)).items():
                     found[cell][key] += values
             with phase("resampling prompts"):
-                results = gather(config, tasks, found, models.parameters(), _identity(config, digests["target"]))
+                parameters = models.of_each(num_parameters)
+                results = gather(config, tasks, found, parameters, _identity(config, digests["target"]))
             with phase("measuring token rates"):
                 results["token_rate"] = _token_rate(config, models, tasks)
+            if config.prediction.seconds:
+                with phase("timing single calls"):
+                    results["prediction"] = _prediction(config, models, tasks, found)
             save_config(config, config.out / "config.yaml")
             print(f"{write_results(config.out, results, found)}\nevaluate: {config.out}/results.html", flush=True)
             units.conclude({})
@@ -128,10 +135,9 @@ class _Models:
             self._loaded[name] = model.to(self.device).eval()
         return self._loaded[name]
 
-    def parameters(self) -> dict[str, int]:
-        """Of each drafter, and of the target under the name ''."""
-        names = list(self.config.drafters)
-        return {"": num_parameters(self.target), **{name: num_parameters(self.drafter(name)) for name in names}}
+    def of_each(self, size: Callable[[Any], int]) -> dict[str, int]:
+        """The size of each drafter, and of the target under the name ''."""
+        return {"": size(self.target), **{name: size(self.drafter(name)) for name in self.config.drafters}}
 
     def digests(self) -> dict[str, str]:
         """Of all weights: others may have taken their place."""
@@ -139,7 +145,7 @@ class _Models:
         return {"target": weights_digest(self.target), **drafters}
 
     def decode(self, cell: Cell, prompts: Prompts, chosen: range) -> dict[str, list[Any]]:
-        """Tokens of each block, and of the text, for each of the chosen prompts."""
+        """For each of the chosen prompts the tokens of each block and of the text, the confidences in each block."""
         from dist_train.decoding.speculative import speculative_generate
 
         found = speculative_generate(
@@ -153,9 +159,12 @@ class _Models:
             eos_ids=end_ids(self._tokenizer, self.target.generation_config),
             seed=unit_seed(self.config.seed, cell, chosen),
             draft_greedily=cell.drafting == "greedy",
+            record_confidences=True,
             batch_size=self.config.batch_size,
         )
-        return {"blocks": found.blocks, "lengths": [len(tokens) for tokens in found.tokens]}
+        confidences = [[[round(each, 4) for each in row] for row in rows] for rows in found.confidences]
+        lengths = [len(tokens) for tokens in found.tokens]
+        return {"blocks": found.blocks, "lengths": lengths, "confidences": confidences}
 
     def seconds_per_token(self, drafter: str | None, gamma: int, prompts: list[list[int]], limit: int) -> float:
         """Wall-clock seconds per token of a greedy pass."""
@@ -222,3 +231,16 @@ def _token_rate(config: EvaluateConfig, models: _Models, tasks: Mapping[str, Pro
         {"drafter": name, "gamma": gamma, "batch_size": config.token_rate.batch_size, **rate}
         for (name, gamma), rate in zip(cases, token_rates(rounds), strict=True)
     ]
+
+
+def _prediction(config: EvaluateConfig, models: _Models, tasks: Mapping[str, Prompts], found: Found) -> dict[str, Any]:
+    """From calls on rank 0 alone, greedy, with texts of the first task's mean length half written."""
+    from dist_train.decoding.timing import time_calls
+    from dist_train.evaluate.prediction import predict
+
+    task = next(iter(tasks.values()))
+    length = round(statistics.mean(map(len, task.ids)) + task.sampling.max_new_tokens / 2)
+    drafters = [models.drafter(name) for name in config.drafters]
+    asked = config.prediction
+    times = time_calls(drafters, models.target, max(config.gammas), asked.batch_sizes, length, asked.seconds)
+    return predict(found, times, length, models.of_each(bytes_read), models.of_each(num_parameters))

@@ -17,7 +17,7 @@ from dist_train.export.provenance import is_hub_id, public_name
 from dist_train.models.drafter import find_model
 from dist_train.models.gguf import gguf_name
 from dist_train.reports.results import read_tables
-from dist_train.reports.tables import escaped, results_markdown
+from dist_train.reports.tables import escaped, only, results_markdown
 from dist_train.runtime.version import __version__
 
 
@@ -69,7 +69,8 @@ def measured(folder: Path, drafter: Path) -> str:
     shown = {None, name, results["base"]}
     rows = {key: [row for row in results.get(key, []) if row["drafter"] in shown] for key in ("rows", "token_rate")}
     comparisons = [row for row in results["comparisons"] if {row["of"], row["over"]} <= shown]
-    tables = results_markdown({**results, **rows, "comparisons": comparisons})
+    prediction = results.get("prediction") and only(results["prediction"], shown)
+    tables = results_markdown({**results, **rows, "comparisons": comparisons, "prediction": prediction})
     settings = [
         f"{row['task']}: top-p {row['top_p']:g}, at most {row['max_new_tokens']} new tokens" for row in rows["rows"]
     ]

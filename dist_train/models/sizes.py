@@ -72,6 +72,18 @@ def matrix_parameters(model: PreTrainedModel) -> int:
     return sum(sizes.values()) - (sizes[id(embedding)] if head is not embedding else 0)
 
 
+def bytes_read(model: PreTrainedModel) -> int:
+    """Bytes of weights that a pass over one token reads: all as they are stored but the tables that it is looked up in.
+
+    A head that is tied to such a table is read, once. Of a mixture of experts all experts count.
+    """
+    import torch
+
+    head = model.get_output_embeddings().weight
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} - {id(head)}
+    return sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in tables)
+
+
 def cached(config: Any) -> int:
     """Numbers that a token leaves in the caches of all layers."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

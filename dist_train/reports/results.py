@@ -72,6 +72,46 @@ class _Rate(Form):
     speed_up: _Finite
 
 
+class _Costs(Form):
+    drafter: str
+    batch_size: PositiveInt
+    plain_seconds: _Finite
+    draft: _Finite
+    draft_by_bytes: _Finite
+    draft_by_parameters: _Finite
+    verify: list[_Finite]
+    break_even: list[_Finite | None]
+
+
+class _Predicted(Form):
+    task: str
+    temperature: NonNegativeFloat
+    drafting: str
+    drafter: str
+    batch_size: PositiveInt
+
+
+class _SpeedUps(_Predicted):
+    acceptance: list[_Finite | None]
+    speed_up: list[_Finite]
+    best_gamma: int
+
+
+class _Threshold(_Predicted):
+    gamma: PositiveInt
+    threshold: _Finite
+    tokens_per_call: _Finite
+    drafts_per_call: _Finite
+    speed_up: _Finite
+
+
+class _Prediction(Form):
+    length: PositiveInt
+    costs: list[_Costs]
+    speed_ups: list[_SpeedUps]
+    thresholds: list[_Threshold]
+
+
 class _Drafter(Form):
     path: str
 
@@ -84,6 +124,7 @@ class _Tables(_Results):
     rows: list[_Figures]  # type: ignore[assignment] # likewise
     comparisons: list[_Comparison]
     token_rate: list[_Rate]
+    prediction: _Prediction | None = None
 
 
 class _Cell(_Condition):

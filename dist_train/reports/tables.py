@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 Table = tuple[list[str], list[list[str]]]
 
 
 def results_tables(results: dict[str, Any]) -> dict[str, Table]:
-    """Title to (header, rows): block efficiency with intervals, acceptance and MBSU; comparisons; token rates."""
+    """Title to (header, rows): block efficiency with intervals, acceptance and MBSU; comparisons; token rates;
+    predictions.
+    """
     rows = [
         [
             *_condition(row),
@@ -37,7 +40,55 @@ def results_tables(results: dict[str, Any]) -> dict[str, Table]:
             for row in results["token_rate"]
         ]
         tables["Token rate, greedy, measured"] = (["drafter", "gamma", "batch", "tokens/s", "over plain"], rates)
+    if prediction := results.get("prediction"):
+        tables |= prediction_tables(prediction)
     return tables
+
+
+def prediction_tables(prediction: Mapping[str, Any]) -> dict[str, Table]:
+    """Title to (header, rows): costs of calls; speed-ups by gamma and batch size; by confidence threshold."""
+    costs = [
+        [
+            row["drafter"],
+            f"{row['batch_size']}",
+            f"{1000 * row['plain_seconds']:.3g}",
+            f"{row['draft']:.3f}",
+            f"{row['draft_by_bytes']:.3f}",
+            f"{row['draft_by_parameters']:.3f}",
+            _numbers(row["verify"]),
+            _numbers(row["break_even"]),
+        ]
+        for row in prediction["costs"]
+    ]
+    columns = ["drafter", "batch", "plain step, ms", "c", "c by bytes", "c by parameters", "v at gamma 1, 2, ..."]
+    title = f"Costs of calls in plain steps of the target, {prediction['length']} tokens in the caches"
+    tables = {title: ([*columns, "break-even acceptance"], costs)}
+    by_gamma = [
+        [
+            *_predicted(row),
+            f"{row['batch_size']}",
+            _numbers(row["acceptance"]),
+            _numbers(row["speed_up"]),
+            f"{row['best_gamma']}" if row["best_gamma"] else "none: plain is faster",
+        ]
+        for row in prediction["speed_ups"]
+    ]
+    columns = [*_PREDICTED, "batch", "acceptance at gamma 1, 2, ...", "speed-up at gamma 1, 2, ...", "best gamma"]
+    tables["Speed-up predicted"] = (columns, by_gamma)
+    for batch_size, rows in groupby(prediction["thresholds"], key=lambda row: row["batch_size"]):
+        conditions = groupby(rows, key=lambda row: [*_predicted(row), f"{row['gamma']}"])
+        columns = [*_PREDICTED, "gamma", "at 0, 0.1, ..., 0.9", "best", "tokens a call", "drafts a call"]
+        title = f"Speed-up predicted where drafting stops below a confidence, batch {batch_size}"
+        tables[title] = (columns, [[*condition, *_thresholds(list(some))] for condition, some in conditions])
+    return tables
+
+
+def only(prediction: Mapping[str, Any], drafters: Collection[str | None]) -> dict[str, Any]:
+    """What is predicted for some of the drafters."""
+    return {
+        key: [row for row in value if row["drafter"] in drafters] if isinstance(value, list) else value
+        for key, value in prediction.items()
+    }
 
 
 def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
@@ -87,7 +138,23 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 _CONDITION = ("task", "gamma", "T", "drafting")
+_PREDICTED = ("task", "T", "drafting", "drafter")
 
 
 def _condition(row: Mapping[str, Any]) -> list[str]:
     return [row["task"], f"{row['gamma']:g}", f"{row['temperature']:g}", row["drafting"]]
+
+
+def _predicted(row: Mapping[str, Any]) -> list[str]:
+    return [row["task"], f"{row['temperature']:g}", row["drafting"], row["drafter"]]
+
+
+def _thresholds(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of one condition all speed-ups, and what the best threshold gives."""
+    best = max(rows, key=lambda row: row["speed_up"])
+    speed_ups = _numbers([row["speed_up"] for row in rows])
+    return [speed_ups, f"{best['threshold']:g}", f"{best['tokens_per_call']:.2f}", f"{best['drafts_per_call']:.2f}"]
+
+
+def _numbers(values: Sequence[float | None]) -> str:
+    return " ".join("-" if value is None else f"{value:.2f}" for value in values)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from dist_train.losses import needs_target
 from dist_train.losses.sizes import chunk_rows
 from dist_train.models.load import DTYPES, ZERO3_AHEAD, read_target_config, target_bytes
 from dist_train.models.sizes import parameters
+from dist_train.runtime.free_memory import free_bytes
 from dist_train.runtime.process_group import Runtime
 from dist_train.runtime.world import local_world_size
 from dist_train.train.engine import deepspeed_config
@@ -190,11 +189,8 @@ def replicated_note(
 def available_gib(runtime: Runtime) -> float:
     """What is free for this rank: of its GPU, with what its context has there, or its share of the host's memory."""
     if runtime.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(runtime.device)
-        return (free + _CONTEXT) / _GIB
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
-    found = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), math.inf)
-    return found / _GIB / local_world_size(runtime.world)
+        return (free_bytes(runtime.device) + _CONTEXT) / _GIB
+    return free_bytes(runtime.device) / _GIB / local_world_size(runtime.world)
 
 
 def checkpoint_bytes(config: TrainConfig, parameters: int) -> float:

@@ -115,7 +115,7 @@ def test_the_sampler_tells_late_that_a_nucleus_was_not_found(device, scale, is_f
 def test_a_block_is_made_without_waiting(device, temperature, monkeypatch):
     """Drafts, verification and sampling; the host reads once, what came of it."""
     drafter, target = (model.to(device) for model in pair_of("llama"))
-    done, make, read = Counter(), speculative._block, speculative._read
+    done, make, read = Counter(), speculative.decode_block, speculative.read_block
 
     def arm(mode):
         if device.type == "cuda":
@@ -133,8 +133,8 @@ def test_a_block_is_made_without_waiting(device, temperature, monkeypatch):
         done["reads"] += 1
         return read(*given)
 
-    monkeypatch.setattr(speculative, "_block", armed)
-    monkeypatch.setattr(speculative, "_read", counted)
+    monkeypatch.setattr(speculative, "decode_block", armed)
+    monkeypatch.setattr(speculative, "read_block", counted)
     options = {"max_new_tokens": 12, "eos_ids": [EOS], "batch_size": 6}
     found = speculative_generate(drafter, target, prompts_of(20), 3, temperature, 0.9, **options)
     assert done["blocks"] == done["reads"] >= 12 // 4
