@@ -22,7 +22,7 @@ def generate_as_served(
     seed: int,
     batch_size: int | None,
 ) -> Generated:
-    """As `speculative_generate`, drafted and counted as `engine` does, vllm or llama.cpp; `max_new_tokens` is 2 or more.
+    """As `speculative_generate`, but as `engine` (vllm, llama.cpp) drafts and counts; `max_new_tokens` is 2 or more.
 
     `blocks` are those after the first token; an answer that ends with it has none. vLLM draws drafts under the
     temperature alone ("draft_sample_method": "probabilistic") and counts the last block in full. llama.cpp drafts

@@ -95,7 +95,9 @@ def _groups(config: EvaluateConfig) -> dict[Path, list[str]]:
     """Folder of units to the ways of drafting in it: our own, and each server's, which can be added later."""
     own: list[str] = [drafting for drafting in config.drafting if drafting not in get_args(Engine)]
     servers: list[str] = [drafting for drafting in config.drafting if drafting in get_args(Engine)]
-    return {config.out / UNITS: own} | {config.out / f"{UNITS}-{engine}": [engine] for engine in servers}
+    return ({config.out / UNITS: own} if own else {}) | {
+        config.out / f"{UNITS}-{engine}": [engine] for engine in servers
+    }
 
 
 def _decode(

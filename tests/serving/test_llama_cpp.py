@@ -14,7 +14,9 @@ from served_pair import (
     POSITIONS,
     assert_same_distribution,
     assert_same_efficiency,
+    assert_served_as_offline,
     counters,
+    evaluate_serving,
     named,
 )
 
@@ -200,3 +202,15 @@ def test_a_chat_models_file_becomes_a_folder_that_reads_texts_as_llama_cpp_does(
         prompt = client.ask("POST", "/apply-template", {"messages": chat})["prompt"]
     assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == prompt
     assert (own.bos_id, own.eos_id, own.adds_bos) == (1, 2, False)
+
+
+def test_evaluate_serves_the_pair_and_finds_what_it_finds_offline(pair, llama_cpp, tiny, command, tmp_path):
+    out = tmp_path / "out"
+    words = evaluate_serving(pair, tiny, out, f"serve.program={llama_cpp}", "serve.arguments=[-t, '1']")
+    code, said, complaint = command(*words, "--serve", "llama.cpp")
+    assert code == 0, complaint
+    assert_served_as_offline(read_json(out / "results.json"), "llama.cpp")
+    assert "Served by llama.cpp" in said and "40 of 40" in said
+    assert "Served by llama.cpp" in (out / "results.html").read_text()
+    assert {path.name for path in (out / "served").iterdir()} == {"llama.cpp-near-3.log", "llama.cpp-none-0.log"}
+    assert not [*out.glob(".served-*")]

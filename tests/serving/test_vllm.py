@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from served_pair import END, GAMMA, NEW_TOKENS, POSITIONS, assert_same_distribution, assert_same_efficiency, counters
+from served_pair import (
+    END,
+    GAMMA,
+    NEW_TOKENS,
+    POSITIONS,
+    assert_same_distribution,
+    assert_same_efficiency,
+    assert_served_as_offline,
+    counters,
+    evaluate_serving,
+)
 
 from data_shards.files import read_json
 from dist_train.errors import UserError
@@ -21,43 +33,16 @@ AT_ONCE = 8
 # ("CPU Generator does not use offset").
 OPTIONS = ["--enforce-eager", "--max-num-batched-tokens", "4096", "--max-num-seqs", str(AT_ONCE)]
 
-# On a CPU vLLM 0.32 (vllm/utils/cpu_triton_utils.py) spreads temperature and top-p over draft positions into a copy, as
-# whole numbers, that it throws away: sampled answers with a drafter come from other distributions. What its Triton
-# kernel does on a GPU, in torch; a plugin of vLLM's own kind puts it in place, in the server that the tests start.
-PLUGIN = """
-def mend():
-    from vllm.utils import cpu_triton_utils
-
-    def expand(output, input_val, cu_num_tokens, replace_from, replace_to, MAX_NUM_TOKENS=None):
-        counts = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1)).long()
-        values = input_val.masked_fill(input_val == replace_from, replace_to)
-        output[: int(counts.sum())] = values.repeat_interleave(counts)
-
-    cpu_triton_utils._expand_kernel_impl = expand
-"""
-
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """Of a server with the mend: a folder of Python's path that looks like an installed plugin."""
-    folder = tmp_path_factory.mktemp("plugin")
-    (folder / "mended_vllm.py").write_text(PLUGIN)
-    about = folder / "mended_vllm-0.dist-info"
-    about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mended_vllm\nVersion: 0\n")
-    (about / "entry_points.txt").write_text("[vllm.general_plugins]\nmended_vllm = mended_vllm:mend\n")
-    return {"PYTHONPATH": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
-
-
-@pytest.fixture(scope="module")
-def start(pair, vllm_python, environment, tmp_path_factory):
+def start(pair, vllm_python, vllm_environment, tmp_path_factory):
     """`start(drafter=..., gamma=...)` is a `with` block in which vLLM serves the pair's target."""
     logs = tmp_path_factory.mktemp("logs")
 
     def running_vllm(patience=900.0, **how):
         command = vllm_command(vllm_python, pair.target, dtype="float32", positions=POSITIONS, more=OPTIONS, **how)
         return running(
-            command._replace(environment={**command.environment, **environment}),
+            command._replace(environment={**command.environment, **vllm_environment}),
             logs / f"{len([*logs.iterdir()])}.log",
             patience,
         )
@@ -142,3 +127,17 @@ def test_why_it_does_not_start_is_told(start, tmp_path):
     with told as raised, start(drafter=tmp_path / "no-drafter", gamma=GAMMA):
         pass
     assert "no-drafter" in str(raised.value)
+
+
+def test_evaluate_serves_the_pair_and_finds_what_it_finds_offline(
+    pair, vllm_python, vllm_environment, tiny, command, tmp_path
+):
+    out, python = tmp_path / "out", tmp_path / "python"
+    assigned = " ".join(f"{name}={shlex.quote(value)}" for name, value in vllm_environment.items())
+    python.write_text(f'#!/bin/sh\nexec env {assigned} {vllm_python} "$@"\n')
+    python.chmod(0o755)
+    words = evaluate_serving(pair, tiny, out, f"serve.program={python}", f"serve.arguments={json.dumps(OPTIONS)}")
+    code, said, complaint = command(*words, "--serve", "vllm")
+    assert code == 0, complaint
+    assert_served_as_offline(read_json(out / "results.json"), "vllm")
+    assert "Served by vllm" in said and "40 of 40" in said
