@@ -209,3 +209,42 @@ def card_command(folder, first_word, programs, *more):
     script = f'set -e; cd {shlex.quote(str(folder.parent))}; {block.strip()} "$@"'
     path = f"{programs}:{os.environ['PATH']}"
     return ServerCommand(first_word, ("bash", "-c", script, "card", *more), {"PATH": path})
+
+
+def assert_served_as_offline(results, engine):
+    """What `evaluate --serve` writes of the pair, in fp32: greedy, to the unit; sampled, within its own interval."""
+    (served,) = results["served"]
+    assert served["engine"] == engine and served["version"]
+    rows = {(row["gamma"], row["temperature"], row["concurrency"]): row for row in served["rows"]}
+    assert {*rows} == {(GAMMA, temperature, at_once) for temperature in (0.0, 0.7) for at_once in (1, 4)}
+    for (_, temperature, _), row in rows.items():
+        assert row["speed_up"] == pytest.approx(row["tokens_per_s"] / row["plain_tokens_per_s"])
+        assert 1.2 < row["block_efficiency"]["value"] < GAMMA + 1
+        if temperature == 0:
+            assert row["block_efficiency"] == row["offline"]
+            assert row["equal_to_plain"] == row["plain_equal_to_offline"] == row["prompts"] and not row["differing"]
+        else:
+            difference = row["difference"]
+            wide = difference["high"] - difference["low"]
+            assert abs(difference["value"]) < wide < 1, row  # four standard errors
+    alike = [row for row in results["rows"] if row["drafting"] == engine]
+    for row in alike:
+        assert row["block_efficiency"] == rows[GAMMA, row["temperature"], 1]["offline"]
+    assert {row["drafting"] for row in results["rows"]} == {"sampled", "greedy", engine} and len(alike) == 2
+
+
+def evaluate_serving(pair, tiny, out, *more):
+    """The words of an evaluation of the pair that serves it, too."""
+    return [
+        "evaluate",
+        f"target.path={pair.target}",
+        "target.precision=fp32",
+        f"drafters={{near: {pair.drafter}}}",
+        f"tasks=[{{name: chat, inputs: {tiny.chat_lines}, limit: 40}}]",
+        f"out={out}",
+        "temperatures=[0, 0.7]",
+        f"gammas=[{GAMMA}]",
+        f"max_new_tokens={NEW_TOKENS}",
+        "token_rate.prompts=0",
+        *more,
+    ]

@@ -103,12 +103,21 @@ def _add_evaluate_modes(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="measure on a vLLM server, by its own counters; also takes beside=RESULTS, model, concurrency, timeout",
     )
+    parser.add_argument(
+        "--serve",
+        choices=["vllm", "llama.cpp"],
+        help="evaluate, then start this server with each drafter and without one, and measure it on the same prompts; "
+        "as serve.engine=",
+    )
     parser.set_defaults(function=_run_evaluate)
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
     if options.compare and options.server is not None:
         raise UserError("--compare and --server: one at a time; compare what is in results folders")
+    if options.serve is not None and (options.compare or options.server is not None):
+        other = "--compare" if options.compare else "--server"
+        raise UserError(f"--serve and {other}: one at a time; --serve starts a server, --server asks one that runs")
     if options.compare:
         if options.dry_run or (options.nproc or 1) > 1:
             flag = "--dry-run" if options.dry_run else f"--nproc {options.nproc}"
@@ -125,6 +134,8 @@ def _run_evaluate(options: argparse.Namespace) -> int:
             raise UserError("--server: needs the address of a server, such as http://node7:8000")
         options.stage = SERVED
         options.words.append(f"server={options.server}")
+    if options.serve is not None:
+        options.words.append(f"serve.engine={options.serve}")
     return _run_stage(options)
 
 

@@ -5,7 +5,15 @@ suggestion; the resolved tree is saved beside every run.
 """
 
 from dist_train.config.base import Section, SeedsSection, TargetSection
-from dist_train.config.evaluate import EvaluateConfig, PredictionSection, ServedConfig, TaskSection, TokenRateSection
+from dist_train.config.evaluate import (
+    Engine,
+    EvaluateConfig,
+    PredictionSection,
+    ServedConfig,
+    ServeSection,
+    TaskSection,
+    TokenRateSection,
+)
 from dist_train.config.export import ExportConfig
 from dist_train.config.generate import GenerateConfig
 from dist_train.config.precision import resolve_precision
@@ -35,6 +43,7 @@ __all__ = [
     "DataSection",
     "DistillConfig",
     "DrafterSection",
+    "Engine",
     "EvaluateConfig",
     "ExportConfig",
     "GenerateConfig",
@@ -50,6 +59,7 @@ __all__ = [
     "RunSection",
     "Section",
     "SeedsSection",
+    "ServeSection",
     "ServedConfig",
     "SlurmSection",
     "SourceSection",

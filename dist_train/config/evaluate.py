@@ -10,7 +10,8 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 from dist_train.config.address import refuse_secrets
 from dist_train.config.base import Section, TargetSection
 
-Drafting = Literal["sampled", "greedy"]
+Engine = Literal["vllm", "llama.cpp"]
+Drafting = Literal["sampled", "greedy", "vllm", "llama.cpp"]
 Preset = Literal["dolly", "xsum", "cnn_dailymail", "wmt18-de-en", "questions"]
 
 
@@ -80,6 +81,27 @@ class PredictionSection(Section):
     longer, too; 0: no prediction"""
 
 
+class ServeSection(Section):
+    """A real server on this machine, started with each drafter and without one, on the prompts of the evaluation."""
+
+    engine: Engine
+    program: Path | None = None
+    """vllm: the Python that it is installed for; null: DIST_TRAIN_VLLM_PYTHON, else that of the vllm on PATH.
+    llama.cpp: its built source folder, or a llama-server; null: DIST_TRAIN_LLAMA_CPP, else the one on PATH"""
+    concurrency: Annotated[list[PositiveInt], Once] = Field(default=[1, 4], min_length=1)
+    """requests under way at once"""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = None
+    """of both models; null: the target's precision; a GGUF file is served as it is"""
+    gguf: Path | None = None
+    """llama.cpp: the target; null: target.path where that is a GGUF file, else what is made of it"""
+    arguments: list[str] = Field(default=[])
+    """further options of the server, which have the last word"""
+    patience: PositiveInt = 900
+    """seconds until it serves"""
+    timeout: PositiveInt = 600
+    """seconds for one whole answer"""
+
+
 class EvaluateConfig(Section):
     """dist-train evaluate: block efficiency, MBSU and token rate of drafters with a target."""
 
@@ -98,7 +120,9 @@ class EvaluateConfig(Section):
     drafting: Annotated[list[Drafting], Once] = Field(default=["sampled", "greedy"], min_length=1)
     """sampled: drafts drawn under the target's temperature and top-p, accepted with probability sum min(p, q); greedy:
     the drafter's likeliest token, as servers do by default, accepted with q(argmax p); at temperature 0 one and the
-    same"""
+    same. As these servers draft and count, the first token of an answer coming from the prefill: vllm: drafts drawn
+    under the temperature alone (its probabilistic ones); llama.cpp: likeliest tokens, the last block cut at the end of
+    the text"""
     temperatures: Annotated[list[NonNegativeFloat], Once] = Field(default=[0.0, 0.6], min_length=1)
     top_p: float = Field(default=0.9, gt=0, le=1)
     max_new_tokens: PositiveInt = 128
@@ -106,7 +130,18 @@ class EvaluateConfig(Section):
     """prompts decoded at a time"""
     token_rate: TokenRateSection = TokenRateSection()
     prediction: PredictionSection = PredictionSection()
+    serve: ServeSection | None = None
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _the_way_of_the_server(self) -> EvaluateConfig:
+        """What is served stands beside what is drafted and counted alike here."""
+        if self.serve is not None:
+            if self.serve.engine not in self.drafting:
+                self.drafting = [*self.drafting, self.serve.engine]
+            if self.serve.gguf is None and Path(self.target.path).suffix == ".gguf":
+                self.serve.gguf = Path(self.target.path)  # before it is unpacked
+        return self
 
 
 class ServedConfig(EvaluateConfig):

@@ -35,17 +35,18 @@ def speculative_generate(
     eos_ids: Sequence[int] = (),
     seed: int = 0,
     draft_greedily: bool = False,
+    draft_top_p: float | None = None,
     record_confidences: bool = False,
     batch_size: int | None = None,
 ) -> Generated:
     """Continue prompts (token ids, of any lengths, at least one each) with the target's own distribution.
 
     `drafter` and `target` are Hugging Face causal language models of one vocabulary; without a drafter, or with gamma
-    0, this is plain decoding. Temperature 0 is greedy. The drafter samples under the same temperature and top-p, or,
-    with `draft_greedily`, takes its likeliest token, as servers do by default. With `record_confidences` the drafter's
-    confidence in each draft comes along (`draft.TokenByToken`). `batch_size` prompts are decoded at a
-    time (None: all). The random numbers of a prompt are its own, from `seed` and its place in `input_ids`: batch size
-    and neighbours do not change them.
+    0, this is plain decoding. Temperature 0 is greedy. The drafter samples under the same temperature and top-p, or
+    `draft_top_p` in its place, or, with `draft_greedily`, takes its likeliest token, as servers do by default. With
+    `record_confidences` the drafter's confidence in each draft comes along (`draft.TokenByToken`). `batch_size` prompts
+    are decoded at a time (None: all). The random numbers of a prompt are its own, from `seed` and its place in
+    `input_ids`: batch size and neighbours do not change them.
     """
     gamma = gamma if drafter is not None else 0
     seeds = None if temperature == 0 else [(seed, i) for i in range(len(input_ids))]
@@ -54,8 +55,12 @@ def speculative_generate(
     sampler = Sampler(temperature, top_p, target.device) if temperature > 0 else None
     draft = None
     if gamma:
-        reader = RowReader(drafter, rows.size, rows.slots)
-        draft = TokenByToken(reader, gamma, None if draft_greedily else sampler, record=record_confidences)
+        own = sampler
+        if draft_greedily:
+            own = None
+        elif sampler and draft_top_p is not None:
+            own = Sampler(temperature, draft_top_p, target.device)
+        draft = TokenByToken(RowReader(drafter, rows.size, rows.slots), gamma, own, record=record_confidences)
     return _decode(RowReader(target, rows.size, rows.slots), draft, rows, sampler)
 
 

@@ -51,8 +51,9 @@ def expected(
     takes. That the blocks of one text, too, are not all alike is neglected: easy stretches then count for too
     little, and tau at a gamma much smaller than the evaluation's comes out low, by 2 % where texts are very uneven.
     """
-    accepted = np.array([tokens - 1 for blocks in counts["blocks"] for tokens in blocks])
-    prompt = np.repeat(np.arange(len(counts["blocks"])), [len(blocks) for blocks in counts["blocks"]])
+    drafted = [blocks for blocks in counts["blocks"] if blocks]  # as servers count, a text of one token has none
+    accepted = np.array([tokens - 1 for blocks in drafted for tokens in blocks])
+    prompt = np.repeat(np.arange(len(drafted)), [len(blocks) for blocks in drafted])
     drafts = np.full(len(accepted), gamma)
     verified = drafts
     if threshold > 0:
@@ -147,6 +148,8 @@ def _by_threshold(found: Found, costs: Sequence[Mapping[str, Any]], drafter: str
     if cost is None:
         return
     for condition, runs in _conditions(found, drafter).items():
+        if condition[2] == "vllm":  # it has no threshold
+            continue
         gamma = max(runs)
         for threshold in THRESHOLDS:
             # llama.cpp, which drafts greedily, drops the draft that it stops at; transformers lets it be verified.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from data_shards.files import write_atomically, write_json
-from dist_train.config import EvaluateConfig
+from dist_train.config import Engine, EvaluateConfig
 from dist_train.errors import UserError
 from dist_train.evaluate.measures import (
     accepted_histogram,
@@ -22,7 +22,7 @@ from dist_train.evaluate.measures import (
 from dist_train.evaluate.tasks import Prompts
 from dist_train.reports.plots import acceptance_by_position, accepted_length_histogram, block_efficiency_bars
 from dist_train.reports.results import COUNTS, RESULTS
-from dist_train.reports.tables import results_markdown, results_tables
+from dist_train.reports.tables import notes, results_markdown, results_tables
 
 Found = Mapping["Cell", Mapping[str, list[Any]]]
 
@@ -60,17 +60,21 @@ def gather(
     for cell, counts in found.items():
         blocks = counts["blocks"]
         efficiency, histogram = bootstrap(blocks), accepted_histogram(blocks, cell.gamma)
-        calls = sum(map(len, blocks))
+        calls, tokens = sum(map(len, blocks)), sum(counts["lengths"])
+        if not calls:
+            raise UserError(f"task {cell.task}: every answer ends with its first token, before anything is drafted")
+        # As servers do it, the first token of each answer is the prefill's.
+        in_blocks = tokens - len(blocks) * (cell.drafting in get_args(Engine))
         rows.append(
             {
                 **cell._asdict(),
                 "top_p": tasks[cell.task].sampling.top_p,
                 "max_new_tokens": tasks[cell.task].sampling.max_new_tokens,
                 "prompts": len(blocks),
-                "tokens": sum(counts["lengths"]),
+                "tokens": tokens,
                 "target_calls": calls,
                 "block_efficiency": efficiency._asdict(),
-                "block_efficiency_last_block_cut": sum(counts["lengths"]) / calls,
+                "block_efficiency_last_block_cut": in_blocks / calls,
                 "difference": bootstrap_difference(blocks, found[cell._replace(drafter=base)]["blocks"])._asdict(),
                 "mbsu": memory_bound_speed_up(efficiency.value, parameters[cell.drafter] / parameters[""], cell.gamma),
                 "accepted_histogram": histogram,
@@ -147,5 +151,9 @@ def _page(results: dict[str, Any]) -> str:
             )
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True)
     return environment.get_template("results.html").render(
-        target=results["target"], drafters=results["drafters"], figures=figures, tables=results_tables(results)
+        target=results["target"],
+        drafters=results["drafters"],
+        figures=figures,
+        tables=results_tables(results),
+        notes=notes(results),
     )

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+import torch
 
 from data_shards.errors import DataError
 from data_shards.files import read_json, write_json
-from dist_train.config import EvaluateConfig, save_config
+from dist_train.config import Engine, EvaluateConfig, save_config
 from dist_train.errors import UserError
 from dist_train.evaluate.measures import token_rates
 from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, Found, gather, write_results
+from dist_train.evaluate.serve import check_serve, serve
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
 from dist_train.models.drafter import find_model, load_drafter, read_drafter_config
 from dist_train.models.load import DTYPES, check_target, config_digest, read_target_config, target_identity
@@ -22,8 +27,11 @@ from dist_train.models.pairing import check_drafter
 from dist_train.models.sizes import bytes_read, num_parameters
 from dist_train.models.target import load_decoder, weights_digest
 from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
+from dist_train.reports.results import read_served
+from dist_train.reports.tables import served_markdown
 from dist_train.runtime.process_group import Runtime, started
 from dist_train.runtime.progress import Progress, phase
+from dist_train.serving.engines import find_engine
 from dist_train.tokenizer import Tokenizer
 from dist_train.work.units import Units, refuse_other_plan, unit_seed
 
@@ -45,7 +53,12 @@ def check(config: EvaluateConfig) -> None:
     tasks = load_prompts(config, tokenizer)
     for source, model in models.items():
         refuse_long_prompts(tasks, source, model, max(config.gammas))
-    refuse_other_plan(config.out / UNITS, _plan(config, tasks))
+    for folder, drafting in _groups(config).items():
+        refuse_other_plan(folder, _plan(config, tasks, drafting))
+    if any(drafting in get_args(Engine) for drafting in config.drafting):
+        check_serve(tasks)
+    if config.serve is not None:
+        find_engine(config.serve, config.target, tokenizer, [])
 
 
 def run(config: EvaluateConfig) -> None:
@@ -55,33 +68,13 @@ def run(config: EvaluateConfig) -> None:
         config = runtime.first(config)  # precision is what rank 0's device is fast at
         tokenizer = load_target_tokenizer(config.target, config.tokenizer, config.chat_template)
         tasks = load_prompts(config, tokenizer)
-        cells = _cells(config, tasks)
-        length = BATCHES_A_UNIT * config.batch_size
-        works = [
-            (cell, range(first, min(first + length, len(tasks[cell.task].ids))))
-            for cell in sorted(cells)  # the number of a unit says what is in it, in whatever order things are named
-            for first in range(0, len(tasks[cell.task].ids), length)
-        ]
         models = _Models(config, runtime, tokenizer)
-        units = Units(config.out / UNITS, _plan(config, tasks), len(works), ".json", runtime)
         with phase("loading the models"):
             digests = runtime.everywhere(models.digests)
-        units.begin(digests)
-
-        def make(unit: int, path: Path) -> None:
-            cell, chosen = works[unit]
-            write_json(path, models.decode(cell, tasks[cell.task], chosen))
-
-        done = len(works) - len(runtime.agree(units.missing))
-        with Progress("evaluate", len(works), "unit", first=done, enabled=runtime.is_first, look=units.done) as bar:
-            units.run(make, bar.update)
+        found: dict[Cell, dict[str, list[Any]]] = {}
+        for folder, drafting in _groups(config).items():
+            found.update(_decode(config, tasks, folder, drafting, models, digests, runtime))
         if runtime.is_first:
-            found: dict[Cell, dict[str, list[Any]]] = {
-                cell: {"blocks": [], "lengths": [], "confidences": []} for cell in cells
-            }
-            for unit, (cell, _) in enumerate(works):
-                for key, values in _read_unit(units.path(unit)).items():
-                    found[cell][key] += values
             with phase("resampling prompts"):
                 parameters = models.of_each(num_parameters)
                 results = gather(config, tasks, found, parameters, _identity(config, digests["target"]))
@@ -90,9 +83,62 @@ def run(config: EvaluateConfig) -> None:
             if config.prediction.seconds:
                 with phase("timing single calls"):
                     results["prediction"] = _prediction(config, models, tasks, found)
+            results["served"] = read_served(config.out)
             save_config(config, config.out / "config.yaml")
             print(f"{write_results(config.out, results, found)}\nevaluate: {config.out}/results.html", flush=True)
-            units.conclude({})
+            if config.serve is not None:
+                engine = find_engine(config.serve, config.target, tokenizer, models.end_ids)
+                limit = models.positions()
+                models.forget()  # the server wants the memory
+                served = serve(config, tasks, found, engine, limit, models.gap)
+                results["served"] = [*(one for one in results["served"] if one["engine"] != served["engine"]), served]
+                write_results(config.out, results, found)
+                print(f"{served_markdown([served])}\nevaluate: {config.out}/results.html", flush=True)
+
+
+def _groups(config: EvaluateConfig) -> dict[Path, list[str]]:
+    """Folder of units to the ways of drafting in it: our own, and each server's, which can be added later."""
+    own: list[str] = [drafting for drafting in config.drafting if drafting not in get_args(Engine)]
+    servers: list[str] = [drafting for drafting in config.drafting if drafting in get_args(Engine)]
+    return ({config.out / UNITS: own} if own else {}) | {
+        config.out / f"{UNITS}-{engine}": [engine] for engine in servers
+    }
+
+
+def _decode(
+    config: EvaluateConfig,
+    tasks: Mapping[str, Prompts],
+    folder: Path,
+    drafting: list[str],
+    models: _Models,
+    digests: dict[str, str],
+    runtime: Runtime,
+) -> dict[Cell, dict[str, list[Any]]]:
+    """Decode what is missing of the cells with these ways of drafting, and read all of them on rank 0. Collective."""
+    cells = _cells(config, tasks, drafting)
+    length = BATCHES_A_UNIT * config.batch_size
+    works = [
+        (cell, range(first, min(first + length, len(tasks[cell.task].ids))))
+        for cell in sorted(cells)  # the number of a unit says what is in it, in whatever order things are named
+        for first in range(0, len(tasks[cell.task].ids), length)
+    ]
+    units = Units(folder, _plan(config, tasks, drafting), len(works), ".json", runtime)
+    units.begin(digests)
+
+    def make(unit: int, path: Path) -> None:
+        cell, chosen = works[unit]
+        write_json(path, models.decode(cell, tasks[cell.task], chosen))
+
+    done = len(works) - len(runtime.agree(units.missing))
+    with Progress("evaluate", len(works), "unit", first=done, enabled=runtime.is_first, look=units.done) as bar:
+        units.run(make, bar.update)
+    found: dict[Cell, dict[str, list[Any]]] = {cell: defaultdict(list) for cell in cells}
+    if runtime.is_first:
+        for unit, (cell, _) in enumerate(works):
+            for key, values in _read_unit(units.path(unit)).items():
+                found[cell][key] += values
+        units.conclude({})
+    return found
 
 
 def _read_unit(path: Path) -> dict[str, Any]:
@@ -102,15 +148,16 @@ def _read_unit(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: torn or changed; remove it and start again, which decodes it alone anew") from error
 
 
-def _cells(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> list[Cell]:
-    """All conditions. At temperature 0 both ways to draft are one, called greedy."""
+def _cells(config: EvaluateConfig, tasks: Mapping[str, Prompts], drafting: list[str]) -> list[Cell]:
+    """All conditions. At temperature 0 our own ways to draft are one, called greedy."""
+    greedy = list(dict.fromkeys(one if one in get_args(Engine) else "greedy" for one in drafting))
     return [
-        Cell(task, drafter, gamma, temperature, drafting)
+        Cell(task, drafter, gamma, temperature, one)
         for task, prompts in tasks.items()
         for drafter in config.drafters
         for gamma in config.gammas
         for temperature in prompts.sampling.temperatures
-        for drafting in (config.drafting if temperature > 0 else ["greedy"])
+        for one in (drafting if temperature > 0 else greedy)
     ]
 
 
@@ -144,27 +191,57 @@ class _Models:
         drafters = {f"drafter {name}": weights_digest(self.drafter(name)) for name in self.config.drafters}
         return {"target": weights_digest(self.target), **drafters}
 
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end an answer."""
+        return end_ids(self._tokenizer, self.target.generation_config)
+
+    def positions(self) -> int:
+        """Of the model that has the fewest."""
+        models = [self.target, *map(self.drafter, self.config.drafters)]
+        return min(getattr(model.config.get_text_config(), "max_position_embeddings", sys.maxsize) for model in models)
+
+    @torch.no_grad()
+    def gap(self, text: Sequence[int], one: int, other: int) -> float:
+        """How much likelier the target finds one of two tokens after a text, in nats."""
+        ids = torch.tensor([text], device=self.device)
+        logits = self.target(input_ids=ids, use_cache=False).logits[0, -1].float()
+        return abs(float(logits[one] - logits[other]))
+
+    def forget(self) -> None:
+        """Give back the memory of all models; they are loaded again where they are used again."""
+        self._loaded.clear()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def decode(self, cell: Cell, prompts: Prompts, chosen: range) -> dict[str, list[Any]]:
-        """For each of the chosen prompts the tokens of each block and of the text, the confidences in each block."""
+        """For each of the chosen prompts the tokens of each block and of the text, the confidences in each block.
+
+        Decoded as a server does, the text as well.
+        """
+        from dist_train.decoding.served import generate_as_served
         from dist_train.decoding.speculative import speculative_generate
 
-        found = speculative_generate(
-            self.drafter(cell.drafter),
-            self.target,
-            [prompts.ids[i] for i in chosen],
-            cell.gamma,
-            cell.temperature,
-            prompts.sampling.top_p,
-            max_new_tokens=prompts.sampling.max_new_tokens,
-            eos_ids=end_ids(self._tokenizer, self.target.generation_config),
-            seed=unit_seed(self.config.seed, cell, chosen),
-            draft_greedily=cell.drafting == "greedy",
-            record_confidences=True,
-            batch_size=self.config.batch_size,
-        )
+        given = (self.drafter(cell.drafter), self.target, [prompts.ids[i] for i in chosen])
+        how: dict[str, Any] = {
+            "gamma": cell.gamma,
+            "temperature": cell.temperature,
+            "top_p": prompts.sampling.top_p,
+            "max_new_tokens": prompts.sampling.max_new_tokens,
+            "eos_ids": self.end_ids,
+            "seed": unit_seed(self.config.seed, cell, chosen),
+            "batch_size": self.config.batch_size,
+        }
+        as_served = cell.drafting in get_args(Engine)
+        if as_served:
+            found = generate_as_served(cell.drafting, *given, **how)
+        else:
+            greedily = cell.drafting == "greedy"
+            found = speculative_generate(*given, **how, draft_greedily=greedily, record_confidences=True)
         confidences = [[[round(each, 4) for each in row] for row in rows] for rows in found.confidences]
         lengths = [len(tokens) for tokens in found.tokens]
-        return {"blocks": found.blocks, "lengths": lengths, "confidences": confidences}
+        decoded: dict[str, list[Any]] = {"blocks": found.blocks, "lengths": lengths, "confidences": confidences}
+        return {**decoded, "tokens": found.tokens} if as_served else decoded
 
     def seconds_per_token(self, drafter: str | None, gamma: int, prompts: list[list[int]], limit: int) -> float:
         """Wall-clock seconds per token of a greedy pass."""
@@ -179,7 +256,7 @@ class _Models:
             gamma,
             0.0,
             max_new_tokens=limit,
-            eos_ids=end_ids(self._tokenizer, self.target.generation_config),
+            eos_ids=self.end_ids,
             batch_size=self.config.token_rate.batch_size,
         )
         return (time.perf_counter() - began) / sum(map(len, found.tokens))
@@ -195,7 +272,7 @@ def _identity(config: EvaluateConfig, weights: str) -> dict[str, Any]:
     }
 
 
-def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> dict[str, Any]:
+def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts], drafting: list[str]) -> dict[str, Any]:
     """What the counts depend on, save the weights."""
     drafters = {name: (find_model(path), read_drafter_config(path)) for name, path in config.drafters.items()}
     return {
@@ -205,7 +282,8 @@ def _plan(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> dict[str, Any
             for name, (folder, shape) in drafters.items()
         },
         **{f"task {name}": [prompts.identity, *map(str, prompts.sampling)] for name, prompts in tasks.items()},
-        **config.model_dump(mode="json", include={"gammas", "drafting", "batch_size", "seed"}),
+        "drafting": drafting,
+        **config.model_dump(mode="json", include={"gammas", "batch_size", "seed"}),
     }
 
 

@@ -11,7 +11,6 @@ from dist_train.export.assisted import check_assisted_generation
 from dist_train.export.card import Facts, best_gamma, measured, model_card
 from dist_train.export.folder import atomic_folder, refuse_foreign, write_marker, write_model
 from dist_train.export.gate import Check, gate, source_gate
-from dist_train.export.gguf import find_converter, write_gguf
 from dist_train.export.provenance import training_provenance
 from dist_train.export.reference import Reference, reference_of_target, reference_of_tokenizer, token_ids
 from dist_train.models.drafter import damaged_weights, find_model, load_drafter, read_drafter_config
@@ -21,6 +20,7 @@ from dist_train.models.target_tokenizer import load_target_tokenizer
 from dist_train.prompts.seeds import encoded, read_with_ids, refuse_long
 from dist_train.runtime.process_group import quiet_libraries
 from dist_train.runtime.version import __version__
+from dist_train.serving.gguf import find_converter, write_gguf
 from dist_train.tokenizer import load_tokenizer
 
 GGUF_FILE = "drafter.gguf"
@@ -155,7 +155,10 @@ def _prompts(
 
 def _convert(config: ExportConfig, folder: Path) -> None:
     assert config.llama_cpp is not None  # the configuration asks for it
-    write_gguf(folder, folder / GGUF_FILE, config.llama_cpp, config.outtype)
+    try:
+        write_gguf(folder, folder / GGUF_FILE, config.llama_cpp, config.outtype)
+    except UserError as error:
+        raise UserError(f"{error}; gguf=false leaves it out") from error
     print(f"export: {GGUF_FILE}, {config.outtype}, by llama.cpp's converter", flush=True)
 
 

@@ -70,7 +70,7 @@ def block_efficiency_bars(results: dict[str, Any], task: str) -> str:
                 axes.text(x, height + rise + 0.04, f"{height:.2f}", ha="center", va="bottom", fontsize=7)
         axes.axhline(1, color="#222222", linewidth=0.8)
         names = [
-            f"γ = {gamma}, T = {heat:g}" + (f"\n{drafting} drafts" if heat else "")
+            f"γ = {gamma}, T = {heat:g}" + (f"\n{drafting} drafts" if heat or drafting != "greedy" else "")
             for heat, drafting, gamma in conditions
         ]
         axes.set_xticks(range(len(conditions)), names, fontsize=8)

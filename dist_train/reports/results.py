@@ -7,10 +7,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, model_validator
 
+from data_shards.errors import DataError
 from data_shards.files import Form, read_json
 
 RESULTS, COUNTS = "results.json", "counts.json"
-_Few = Annotated[int, Field(gt=0, lt=2**53)]
+_Few = Annotated[int, Field(ge=0, lt=2**53)]
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -116,6 +117,36 @@ class _Drafter(Form):
     path: str
 
 
+class _Parting(Form):
+    gap: _Finite | None
+
+
+class _ServedRow(Form):
+    task: str
+    drafter: str
+    gamma: PositiveInt
+    temperature: NonNegativeFloat
+    concurrency: PositiveInt
+    prompts: PositiveInt
+    block_efficiency: _Interval
+    offline: _Interval
+    tokens_per_s: _Finite
+    plain_tokens_per_s: _Finite
+    speed_up: _Finite
+    equal_to_plain: int | None = None
+    plain_equal_to_offline: int | None = None
+    differing: list[_Parting] = Field(default=[])
+
+
+class _Served(Form):
+    engine: str
+    version: str
+    weights: str
+    way: str
+    rows: list[_ServedRow]
+    notes: list[str]
+
+
 class _Tables(_Results):
     """What tables are made of."""
 
@@ -125,6 +156,7 @@ class _Tables(_Results):
     comparisons: list[_Comparison]
     token_rate: list[_Rate]
     prediction: _Prediction | None = None
+    served: list[_Served] = Field(default=[])
 
 
 class _Cell(_Condition):
@@ -136,6 +168,8 @@ class _Cell(_Condition):
     def _of_the_same_prompts(self) -> _Cell:
         if len(self.tokens) != len(self.calls):
             raise ValueError(f"{len(self.tokens)} counts of tokens and {len(self.calls)} of calls")
+        if not sum(self.calls):  # of single prompts there may be none: as servers count, where one token is the answer
+            raise ValueError("no calls")
         return self
 
 
@@ -154,6 +188,15 @@ def read_results(folder: Path) -> dict[str, Any]:
 def read_tables(folder: Path) -> dict[str, Any]:
     """The same with all that tables are made of. Raises DataError as `read_results`."""
     return read_json(folder / RESULTS, _Tables)
+
+
+def read_served(folder: Path) -> list[dict[str, Any]]:
+    """What servers made of the same prompts, as far as a folder's results.json tells; nothing where it is of no use."""
+    try:
+        served: list[dict[str, Any]] = read_tables(folder).get("served", [])
+    except DataError:
+        return []
+    return served
 
 
 def read_counts(folder: Path) -> list[dict[str, Any]]:

@@ -42,7 +42,49 @@ def results_tables(results: dict[str, Any]) -> dict[str, Table]:
         tables["Token rate, greedy, measured"] = (["drafter", "gamma", "batch", "tokens/s", "over plain"], rates)
     if prediction := results.get("prediction"):
         tables |= prediction_tables(prediction)
-    return tables
+    return tables | _served_tables(results.get("served", []))
+
+
+def notes(results: dict[str, Any]) -> list[str]:
+    """Below the tables: how servers drafted and counted, and what of it looks wrong."""
+    return [note for one in results.get("served", []) for note in (one["way"], *one["notes"])]
+
+
+def _served_tables(served: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
+    header = ["task", "gamma", "T", "at a time", "drafter", "block efficiency", "offline, drafted alike", "tokens/s"]
+    header += ["without", "speed-up", "greedy answers equal", "without: equal to offline"]
+    return {
+        f"Served by {one['engine']} {one['version']}, {one['weights']}": (
+            header,
+            [_served_row(row) for row in one["rows"]],
+        )
+        for one in served
+    }
+
+
+def _served_row(row: Mapping[str, Any]) -> list[str]:
+    return [
+        row["task"],
+        f"{row['gamma']}",
+        f"{row['temperature']:g}",
+        f"{row['concurrency']}",
+        row["drafter"],
+        *(f"{row[key]['value']:.2f} {interval(row[key])}" for key in ("block_efficiency", "offline")),
+        f"{row['tokens_per_s']:.1f}",
+        f"{row['plain_tokens_per_s']:.1f}",
+        f"{row['speed_up']:.2f}x",
+        *_equal(row),
+    ]
+
+
+def _equal(row: Mapping[str, Any]) -> list[str]:
+    """How many greedy answers are the same; of those that differ, how near a tie the two tokens are where they part."""
+    if row.get("equal_to_plain") is None:
+        return ["", ""]
+    gaps = [one["gap"] for one in row["differing"] if one["gap"] is not None]
+    near = f", gap up to {max(gaps):.2g} nats" if gaps else ""
+    shown = (f"{row['equal_to_plain']} of {row['prompts']}{near}", f"{row['plain_equal_to_offline']}")
+    return [*shown]
 
 
 def prediction_tables(prediction: Mapping[str, Any]) -> dict[str, Table]:
@@ -108,7 +150,17 @@ def comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> Table:
 
 def results_markdown(results: dict[str, Any]) -> str:
     """The tables as Markdown whose columns also line up on a screen."""
-    return "\n".join(f"{title}:\n\n{markdown(*table)}" for title, table in results_tables(results).items())
+    return _as_markdown(results_tables(results), notes(results))
+
+
+def served_markdown(served: Sequence[Mapping[str, Any]]) -> str:
+    """Likewise, of what servers made of the prompts alone."""
+    return _as_markdown(_served_tables(served), notes({"served": served}))
+
+
+def _as_markdown(tables: Mapping[str, Table], below: Sequence[str]) -> str:
+    shown = [f"{title}:\n\n{markdown(*table)}" for title, table in tables.items()]
+    return "\n".join([*shown, *(f"{escaped(note)}\n" for note in below)])
 
 
 def interval(estimate: Mapping[str, float]) -> str:

@@ -113,6 +113,18 @@ class Client:
             raise RefusedError(status, _said(words))
         return words
 
+    def ask_for_object(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        """The JSON object that the server answers, asked once. Raises UserError, naming the address, where it does not.
+
+        For what is measured: asked again, a server would count both.
+        """
+        try:
+            return self._object(self.ask_once(method, path, body))
+        except RefusedError as error:
+            raise UserError(f"{self.url}{path}: answers {error}") from error
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.url}{path}: does not answer: {error or type(error).__name__}") from error
+
     def give_up(self, why: str) -> str:
         """Let nobody ask any more, nor wait for an answer: every thread that does is told the first reason.
 

@@ -137,4 +137,6 @@ def _signal_group(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _named(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "SIGKILL, as the kernel ends what finds no more memory,"
     return f"exit code {code}" if code >= 0 else signal.Signals(-code).name

@@ -7,12 +7,12 @@ token, if it is alone, comes without a draft, so that it is in no count.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from dist_train.errors import UserError
-from dist_train.serving.http import Client, RefusedError
+from dist_train.serving.http import Client
 from dist_train.serving.launch import ServerCommand
 
 SERVER = "llama-server"
@@ -29,6 +29,18 @@ class Completion(NamedTuple):
     accepted: int
     seconds: float
 
+    def blocks(self, gamma: int, end_ids: Collection[int]) -> tuple[int, int]:
+        """Tokens after the first one, which comes from the prefill, and the target's calls that gave them.
+
+        A call gives its accepted drafts and a token of the target's own, save where the text ends with the last draft
+        of a block: then that token comes to nothing, which shows in one block more having been drafted.
+        """
+        given = len(self.tokens) - 1
+        calls = given - self.accepted
+        if self.tokens[-1] in end_ids and self.drafted > gamma * calls:
+            calls += 1
+        return given, calls
+
 
 def find_program(llama_cpp: Path, program: str) -> Path:
     """A program built in llama.cpp's source folder, in its own build/bin. Raises UserError where there is none."""
@@ -39,7 +51,7 @@ def find_program(llama_cpp: Path, program: str) -> Path:
 
 
 def llama_cpp_command(
-    llama_cpp: Path,
+    program: Path,
     target: Path,
     *,
     drafter: Path | None = None,
@@ -49,12 +61,12 @@ def llama_cpp_command(
     threads: int | None = None,
     more: Sequence[str] = (),
 ) -> ServerCommand:
-    """llama-server with `target`, a GGUF file, and, for gamma above 0, `drafter` drafting so many tokens a block.
+    """`program`, a llama-server, with `target`, a GGUF file; for gamma above 0 `drafter` drafts so many tokens a block.
 
     `slots` requests are answered at a time, each in `positions` of its own. The drafter drafts its likeliest token and
     stops for no low confidence (`--spec-draft-p-min 0`). `more`: further options, which have the last word.
     """
-    words = [str(find_program(llama_cpp, SERVER)), "-m", str(target), "-np", str(slots), "-c", str(slots * positions)]
+    words = [str(program), "-m", str(target), "-np", str(slots), "-c", str(slots * positions)]
     words += ["--no-kv-unified", "--no-ui", "--metrics"]
     if threads is not None:
         words += ["-t", str(threads)]
@@ -87,10 +99,9 @@ def complete(
         "cache_prompt": False,  # a prompt read in other batches may round otherwise
         "return_tokens": True,
     }
+    answer = client.ask_for_object("POST", "/completion", request)
     try:
-        return _read(client.ask("POST", "/completion", request))
-    except RefusedError as error:
-        raise UserError(f"{client.url}/completion: answers {error}") from error
+        return _read(answer)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{client.url}/completion: not llama.cpp's answer ({error!r}); is it a llama-server?"

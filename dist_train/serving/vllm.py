@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dist_train.errors import UserError
+from dist_train.serving.http import Client
 from dist_train.serving.launch import ServerCommand
 
 UNBENT = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
@@ -46,6 +47,17 @@ class Counters(NamedTuple):
     by_position: tuple[float, ...]
 
 
+class Completion(NamedTuple):
+    """One answer: the ids of its tokens, with the end-of-sequence id if one was drawn.
+
+    `calls`: of the target with drafts, 0 without a drafter; `accepted`: of the draft tokens.
+    """
+
+    tokens: list[int]
+    calls: int
+    accepted: int
+
+
 def vllm_command(
     python: Path,
     target: str | Path,
@@ -60,9 +72,9 @@ def vllm_command(
     """vLLM's server for `target`, in the environment of `python`; `drafter` drafts gamma tokens a block, if above 0.
 
     `sampled`: drafts are drawn under the temperature and accepted with probability sum min(p, q); else they are the
-    drafter's likeliest tokens, which is vLLM's default. `dtype`: "auto" is bf16 for a folder in fp32. `positions`:
-    None is the target's; a drafter with fewer stops the whole batch's drafting beyond its own. `more`: further options,
-    which have the last word.
+    drafter's likeliest tokens, which is vLLM's default. With a drafter, each answer tells what became of its drafts.
+    `dtype`: "auto" is bf16 for a folder in fp32. `positions`: None is the target's; a drafter with fewer stops the
+    whole batch's drafting beyond its own. `more`: further options, which have the last word.
     """
     words = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(target), "--dtype", dtype]
     if positions is not None:
@@ -71,8 +83,46 @@ def vllm_command(
         speculation: dict[str, Any] = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": gamma}
         if sampled:
             speculation["draft_sample_method"] = "probabilistic"
-        words += ["--speculative-config", json.dumps(speculation)]
+        words += ["--speculative-config", json.dumps(speculation), "--per-request-spec-decode-metrics", "summary"]
     return ServerCommand("vLLM", (*words, *more), {"VLLM_NO_USAGE_STATS": "1"})
+
+
+def complete(
+    client: Client,
+    model: str,
+    prompt_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    end_ids: Sequence[int] = (),
+) -> Completion:
+    """Answer one prompt, given as ids, with the target's own distribution. Raises UserError where that fails.
+
+    Without a seed: vLLM draws for requests that have one apart from the others, one by one.
+    """
+    request = {
+        "model": model,
+        "prompt": list(prompt_ids),
+        "max_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p if temperature > 0 else 1.0,
+        **UNBENT,
+        "stop_token_ids": list(end_ids),
+        "return_token_ids": True,
+    }
+    answer = client.ask_for_object("POST", "/v1/completions", request)
+    try:
+        (choice,) = answer["choices"]
+        tokens, finish = choice["token_ids"], choice["finish_reason"]
+        drafting = (answer.get("metrics") or {}).get("speculative_decoding") or {}
+        calls, accepted = drafting.get("num_spec_steps", 0), drafting.get("num_accepted_draft_tokens", 0)
+        if not tokens or any(type(number) is not int for number in (*tokens, calls, accepted)):
+            raise TypeError("no ids, or counts that are none")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{client.url}/v1/completions: not vLLM's answer ({error!r}); is it vLLM's own?") from error
+    if finish == "stop" and tokens[-1] not in end_ids:
+        tokens = [*tokens, *end_ids[:1]]  # drawn, and not shown
+    return Completion(tokens, calls, accepted)
 
 
 def parse_counters(text: str) -> dict[Sample, float]:

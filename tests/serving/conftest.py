@@ -5,22 +5,6 @@ from __future__ import annotations
 import pytest
 from served_pair import make_pair, named
 
-
-@pytest.fixture(scope="session")
-def vllm_python():
-    return named("DIST_TRAIN_VLLM_PYTHON")
-
-
-@pytest.fixture(scope="session")
-def llama_cpp():
-    return named("DIST_TRAIN_LLAMA_CPP")
-
-
-@pytest.fixture(scope="session")
-def pair(tiny, tmp_path_factory):
-    return make_pair(tiny, tmp_path_factory.mktemp("served"))
-
-
 # On a CPU vLLM 0.32 (vllm/utils/cpu_triton_utils.py) spreads temperature and top-p over draft positions into a copy, as
 # whole numbers, that it throws away: sampled answers with a drafter come from other distributions. What its Triton
 # kernel does on a GPU, in torch; a plugin of vLLM's own kind puts it in place, in the server that the tests start.
@@ -47,3 +31,18 @@ def vllm_environment(tmp_path_factory):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: mended_vllm\nVersion: 0\n")
     (about / "entry_points.txt").write_text("[vllm.general_plugins]\nmended_vllm = mended_vllm:mend\n")
     return {"PYTHONPATH": str(folder), "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="session")
+def vllm_python():
+    return named("DIST_TRAIN_VLLM_PYTHON")
+
+
+@pytest.fixture(scope="session")
+def llama_cpp():
+    return named("DIST_TRAIN_LLAMA_CPP")
+
+
+@pytest.fixture(scope="session")
+def pair(tiny, tmp_path_factory):
+    return make_pair(tiny, tmp_path_factory.mktemp("served"))

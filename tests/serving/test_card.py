@@ -18,8 +18,8 @@ from served_pair import (
     random_target,
 )
 
-from dist_train.export.gguf import write_gguf
 from dist_train.models.load import read_config
+from dist_train.serving.gguf import write_gguf
 from dist_train.serving.http import Client
 from dist_train.serving.launch import running
 from dist_train.serving.llama_cpp import complete, find_program, llama_cpp_command

@@ -14,16 +14,18 @@ from served_pair import (
     POSITIONS,
     assert_same_distribution,
     assert_same_efficiency,
+    assert_served_as_offline,
     counters,
+    evaluate_serving,
     named,
 )
 
 from data_shards.files import read_json
 from dist_train.errors import UserError
-from dist_train.export.gguf import write_gguf
+from dist_train.serving.gguf import write_gguf
 from dist_train.serving.http import Client
 from dist_train.serving.launch import running
-from dist_train.serving.llama_cpp import complete, llama_cpp_command
+from dist_train.serving.llama_cpp import SERVER, complete, find_program, llama_cpp_command
 from dist_train.serving.vllm import counted_between
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(900)]
@@ -56,7 +58,7 @@ def server(gguf, llama_cpp, tmp_path_factory):
     def start(kind, gamma):
         target, drafter = gguf(kind)
         command = llama_cpp_command(
-            llama_cpp,
+            find_program(llama_cpp, SERVER),
             target,
             drafter=drafter,
             gamma=gamma,
@@ -159,7 +161,7 @@ def test_what_it_refuses_is_told(pair, server):
 
 def test_a_file_that_is_no_model_is_told_by_its_last_words(llama_cpp, tmp_path):
     (tmp_path / "no.gguf").write_bytes(b"GGUF, but nothing else")
-    command = llama_cpp_command(llama_cpp, tmp_path / "no.gguf")
+    command = llama_cpp_command(find_program(llama_cpp, SERVER), tmp_path / "no.gguf")
     told = pytest.raises(UserError, match=r"llama.cpp ended with exit code 1 before it answered; it said: .*no\.gguf")
     with told, running(command, tmp_path / "log", patience=60):
         pass
@@ -189,7 +191,8 @@ def test_a_chat_models_file_becomes_a_folder_that_reads_texts_as_llama_cpp_does(
     file = named("DIST_TRAIN_SMOLLM2")
     folder = unpacked_gguf(file, tmp_path / "cache")
     own, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-    with running(llama_cpp_command(llama_cpp, file, positions=64), tmp_path / "log", patience=120) as url:
+    command = llama_cpp_command(find_program(llama_cpp, SERVER), file, positions=64)
+    with running(command, tmp_path / "log", patience=120) as url:
         client = Client(url, None, timeout=60, patience=0)
         for special, encode in ((False, own.encode), (True, lambda text: theirs(text).input_ids)):
             for text in TEXTS:
@@ -199,3 +202,15 @@ def test_a_chat_models_file_becomes_a_folder_that_reads_texts_as_llama_cpp_does(
         prompt = client.ask("POST", "/apply-template", {"messages": chat})["prompt"]
     assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == prompt
     assert (own.bos_id, own.eos_id, own.adds_bos) == (1, 2, False)
+
+
+def test_evaluate_serves_the_pair_and_finds_what_it_finds_offline(pair, llama_cpp, tiny, command, tmp_path):
+    out = tmp_path / "out"
+    words = evaluate_serving(pair, tiny, out, f"serve.program={llama_cpp}", "serve.arguments=[-t, '1']")
+    code, said, complaint = command(*words, "--serve", "llama.cpp")
+    assert code == 0, complaint
+    assert_served_as_offline(read_json(out / "results.json"), "llama.cpp")
+    assert "Served by llama.cpp" in said and "40 of 40" in said
+    assert "Served by llama.cpp" in (out / "results.html").read_text()
+    assert {path.name for path in (out / "served").iterdir()} == {"llama.cpp-near-3.log", "llama.cpp-none-0.log"}
+    assert not [*out.glob(".served-*")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,9 @@ from served_pair import (
     answered_by_vllm,
     assert_same_distribution,
     assert_same_efficiency,
+    assert_served_as_offline,
     counters,
+    evaluate_serving,
 )
 
 from data_shards.files import read_json
@@ -102,3 +106,17 @@ def test_why_it_does_not_start_is_told(start, tmp_path):
     with told as raised, start(drafter=tmp_path / "no-drafter", gamma=GAMMA):
         pass
     assert "no-drafter" in str(raised.value)
+
+
+def test_evaluate_serves_the_pair_and_finds_what_it_finds_offline(
+    pair, vllm_python, vllm_environment, tiny, command, tmp_path
+):
+    out, python = tmp_path / "out", tmp_path / "python"
+    assigned = " ".join(f"{name}={shlex.quote(value)}" for name, value in vllm_environment.items())
+    python.write_text(f'#!/bin/sh\nexec env {assigned} {vllm_python} "$@"\n')
+    python.chmod(0o755)
+    words = evaluate_serving(pair, tiny, out, f"serve.program={python}", f"serve.arguments={json.dumps(EAGER)}")
+    code, said, complaint = command(*words, "--serve", "vllm")
+    assert code == 0, complaint
+    assert_served_as_offline(read_json(out / "results.json"), "vllm")
+    assert "Served by vllm" in said and "40 of 40" in said

@@ -16,7 +16,7 @@ def find_converter(llama_cpp: Path) -> Path:
     """The converter in llama.cpp's source folder. Raises UserError where there is none."""
     converter = llama_cpp / CONVERTER
     if not converter.is_file():
-        raise UserError(f"{llama_cpp}: no {CONVERTER} in it; llama_cpp names the source folder of llama.cpp")
+        raise UserError(f"{llama_cpp}: no {CONVERTER} in it; name the source folder of llama.cpp")
     return converter
 
 
@@ -29,9 +29,7 @@ def write_gguf(folder: Path, out: Path, llama_cpp: Path, gguf_type: str) -> None
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True)
     if done.returncode or not out.exists():
         said = (done.stderr.strip() or done.stdout.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise UserError(f"{CONVERTER} cannot convert {folder}: {said}; gguf=false leaves it out")
+        raise UserError(f"{CONVERTER} cannot convert {folder}: {said}")
     with out.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
-            raise UserError(
-                f"{CONVERTER} wrote no GGUF: {out.name} begins otherwise; fetch llama.cpp again, or set gguf=false"
-            )
+            raise UserError(f"{CONVERTER} wrote no GGUF: {out.name} begins otherwise; fetch llama.cpp again")
