@@ -25,19 +25,31 @@ def add_demo(commands: argparse._SubParsersAction) -> None:
         "--out", type=Path, default=Path("demo-run"), help="folder of everything made; goes on if killed"
     )
     parser.add_argument("--nproc", type=processes, default=2, metavar="N", help="processes (default 2)")
-    parser.add_argument("--target", help="a real target: Hugging Face folder or hub id, instead of one trained here")
     parser.add_argument("--corpus", help="text to pretrain on: JSONL with a text field, instead of docstrings")
     parser.add_argument(
         "--seeds", help="instructions: JSONL with a prompt field, instead of questions made from the corpus"
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the training steps; 0.02 is a smoke test")
+    parser.add_argument(
+        "--target", help="a real chat model: hub id, Hugging Face folder or GGUF file, instead of one trained here"
+    )
+    parser.add_argument("--minutes", type=float, help="with --target: how long the demo takes (default 30)")
+    parser.add_argument(
+        "--scale", type=float, help="without --target: share of the training steps; 0.02 is a smoke test"
+    )
 
 
 def _run_demo(options: argparse.Namespace) -> int:
-    from dist_train.demo.run import run_demo
+    from dist_train.demo.run import Demo, run_demo
+    from dist_train.demo.timed import TimedDemo
 
-    given = {name: getattr(options, name) for name in ("target", "corpus", "seeds", "scale")}
-    return run_demo(options.out, processes=options.nproc, **given)
+    common = {"processes": options.nproc, "corpus": options.corpus, "seeds": options.seeds}
+    if options.target is None:
+        if options.minutes is not None:
+            raise UserError("--minutes: the demo without --target has its own length; --scale shortens it")
+        return run_demo(Demo(options.out, **common, scale=1.0 if options.scale is None else options.scale))
+    if options.scale is not None:
+        raise UserError("--scale: with --target the demo takes --minutes")
+    return run_demo(TimedDemo(options.out, **common, target=options.target, minutes=options.minutes or 30.0))
 
 
 # -- tokenizer --------------------------------------------------------------------------------------------------

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import platform
 import textwrap
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from data_shards.files import write_atomically
-from dist_train.demo.recipe import LOSSES
 from dist_train.reports.plots import COLOURS, accepted_length_histogram, as_svg, block_efficiency_bars, style
-from dist_train.reports.results import read_tables
+from dist_train.reports.results import read_served, read_tables
 from dist_train.reports.tables import results_markdown, results_tables
 from dist_train.runtime.run_folder import read_metrics
 from dist_train.runtime.world import cores
@@ -29,20 +29,31 @@ REPETITION = (
 )
 
 
-def write_report(out: Path, seconds: dict[str, float]) -> None:
-    """Write `report.html` and `report.md` into `out` from what the steps left there; `seconds` of each step."""
+REAL_CAUTION = (
+    "This is a demonstration: minutes of training align a drafter with a real chat model only a little, and at the "
+    "questions of one kind that it was trained on. What a server gains or loses is measured on this machine. Intervals "
+    "are over prompts: the drafter was trained once, and another seed would move its bar as well."
+)
+
+
+def write_report(out: Path, seconds: dict[str, float], losses: Sequence[str], *, is_real: bool) -> None:
+    """Write `report.html` and `report.md` into `out` from what the steps left there.
+
+    `seconds`: of each step; `losses`: with which drafters were distilled; `is_real`: the target was not made here.
+    """
     results = read_tables(out / "evaluation")
+    served = read_served(out / "served")
     facts = {
-        "caution": CAUTION,
-        "findings": findings(results),
+        "caution": REAL_CAUTION if is_real else CAUTION,
+        "findings": [*findings(results, losses), *(gains(served) if is_real else [])],
         "figures": {
             "Block efficiency on held-out prompts, with 95 % bootstrap intervals": block_efficiency_bars(results, TASK),
             "How many drafted tokens were accepted": accepted_length_histogram(results, TASK, 0.0),
-            "Training": _curves(out),
+            "Training": _curves(out, losses),
         },
-        "tables": results_tables(results),
+        "tables": results_tables({**results, "served": served}),
         "samples": _samples(out),
-        "repetition": REPETITION,
+        "repetition": "" if is_real else REPETITION,
         "machine": f"{platform.machine()}, {cores()} cores, Python {platform.python_version()}, "
         + ", ".join(f"{package} {version(package)}" for package in ("torch", "deepspeed", "transformers")),
         "steps": [(name, f"{spent:.0f} s") for name, spent in seconds.items()],
@@ -53,14 +64,14 @@ def write_report(out: Path, seconds: dict[str, float]) -> None:
         "out": out,
     }
     write_atomically(out / "report.html", [_render("report.html", facts).encode()])
-    write_atomically(out / "report.md", [_markdown(facts, results).encode()])
+    write_atomically(out / "report.md", [_markdown(facts, {**results, "served": served}).encode()])
 
 
-def findings(results: dict[str, Any]) -> list[str]:
+def findings(results: dict[str, Any], losses: Sequence[str]) -> list[str]:
     """What the figures say, each sentence backed by an interval."""
     base = results["base"]
     sentences = []
-    for loss in LOSSES:
+    for loss in losses:
         rows = [row for row in results["rows"] if row["drafter"] == loss]
         above = [row for row in rows if row["difference"]["low"] > 0]
         below = [row for row in rows if row["difference"]["high"] < 0]
@@ -76,13 +87,27 @@ def findings(results: dict[str, Any]) -> list[str]:
     intervals = [
         (row["block_efficiency"]["low"], row["block_efficiency"]["high"])
         for row in results["rows"]
-        if row["drafter"] in LOSSES and (row["gamma"], row["temperature"]) == (3, 0.0)
+        if row["drafter"] in losses and (row["gamma"], row["temperature"]) == (3, 0.0)
     ]
-    if max(low for low, _ in intervals) <= min(high for _, high in intervals):
+    if len(losses) > 1 and max(low for low, _ in intervals) <= min(high for _, high in intervals):
         sentences.append(
-            "At this scale the three losses are not told apart: their intervals overlap (gamma 3, greedy)."
+            f"At this scale the {len(losses)} losses are not told apart: their intervals overlap (gamma 3, greedy)."
         )
     return sentences
+
+
+def gains(served: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How much faster or slower a real server is with the drafter, a sentence for each condition."""
+    if not served:
+        return ["No server was measured: neither vLLM nor llama.cpp was found on this machine."]
+    return [
+        f"{one['engine']} {one['version']}, {one['weights']}, gamma {row['gamma']}, T {row['temperature']:g}, "
+        f"{row['concurrency']} at a time: {row['tokens_per_s']:.1f} tokens/s with the drafter, "
+        f"{row['plain_tokens_per_s']:.1f} without: {row['speed_up']:.2f}x, "
+        + ("faster." if row["speed_up"] > 1 else "slower: this drafter does not pay here.")
+        for one in served
+        for row in one["rows"]
+    ]
 
 
 def _samples(out: Path, count: int = 3) -> list[tuple[str, str]]:
@@ -94,8 +119,8 @@ def _samples(out: Path, count: int = 3) -> list[tuple[str, str]]:
     return [(answer["prompt"], textwrap.shorten(answer["response"], 240, placeholder=" …")) for answer in greedy]
 
 
-def _curves(out: Path) -> str:
-    """Loss of target and base drafter over steps; acceptance of the three distillations."""
+def _curves(out: Path, losses: Sequence[str]) -> str:
+    """Loss of target and base drafter over steps; acceptance of the distillations."""
     import matplotlib.pyplot as plt
 
     with style():
@@ -106,7 +131,7 @@ def _curves(out: Path) -> str:
                 left.plot(steps, values, color=colour, label=name, linewidth=1.2)
         left.set(xlabel="step", ylabel="cross-entropy", title="pretraining")
         left.legend()
-        for place, loss in enumerate(LOSSES, start=1):
+        for place, loss in enumerate(losses, start=1):
             steps, values = _series(out / "runs" / loss, "train/acceptance")
             right.plot(steps, values, color=COLOURS[place], label=loss, linewidth=1.2)
         right.set(xlabel="step", ylabel="acceptance, Σ min(p, q)", title="distillation")

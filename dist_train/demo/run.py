@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,40 +28,26 @@ STATE = "demo.json"
 REPORT = "report.html"
 
 
-def run_demo(
-    out: Path, *, processes: int, target: str | None, corpus: str | None, seeds: str | None, scale: float
-) -> int:
-    """Run what is missing of the demo below `out`; 0 when the report is written.
+Step = tuple[str, str, Callable[[], None]]
+"""Name, title, and what it does."""
 
-    `target`: Hugging Face folder or hub id instead of a target trained here; `corpus`, `seeds`: JSONL files instead of
-    documentation strings. Raises UserError before anything starts when an input is missing or `out` cannot be written.
+
+def run_demo(demo: Demo) -> int:
+    """Run what is missing of a demo; 0 when the report is written.
+
+    Raises UserError before anything starts when an input is missing or the folder cannot be written.
     """
-    demo = Demo(out, processes, Recipe(scale, processes), target, corpus, seeds)
     demo.begin()
-    steps: list[tuple[str, str, Callable[[], None]]] = [
-        ("corpus", "real text and chat seeds, held-out parts set aside", demo.make_corpus),
-        ("tokenizer", "a Llama-2-style sentencepiece model", demo.make_tokenizer),
-        ("prepare", "token shards, by MPI ranks", demo.prepare_corpora),
-        ("target", "the chat model that is to decode faster", demo.train_target),
-        ("pretrain", "the drafter, on text alone", demo.pretrain_drafter),
-        ("generate", "the target answers the seeds", demo.generate_answers),
-        *(
-            (f"distill {loss}", "the drafter against the target's distributions", demo.distiller(loss))
-            for loss in LOSSES
-        ),
-        ("evaluate", "block efficiency on held-out prompts", demo.evaluate),
-        ("export", "the best drafter, for servers", demo.export),
-        ("report", "plots and tables", demo.report),
-    ]
+    steps, out = demo.steps(), demo.out
     for number, (name, title, action) in enumerate(steps, start=1):
         head = f"[{number}/{len(steps)}] {name}"
         if name in demo.seconds:
             print(f"{head}: done before, in {demo.seconds[name]:.0f} s", flush=True)
             continue
         print(f"{head}: {title}", flush=True)
-        began = time.monotonic()
+        demo.began = time.monotonic()
         action()
-        demo.finish(name, time.monotonic() - began)
+        demo.finish(name, time.monotonic() - demo.began)
         print(f"{head}: {demo.seconds[name]:.0f} s\n", flush=True)
     print(
         f"demo: finished in {sum(demo.seconds.values()) / 60:.1f} minutes\n"
@@ -73,15 +59,42 @@ def run_demo(
 
 @dataclass
 class Demo:
-    """The folder of one demo, and its steps."""
+    """The folder of a demo that makes its own target, and its steps.
+
+    `corpus`, `seeds`: JSONL files instead of documentation strings.
+    """
 
     out: Path
     processes: int
-    recipe: Recipe
-    target: str | None
-    corpus: str | None
-    seeds: str | None
+    corpus: str | None = None
+    seeds: str | None = None
+    scale: float = 1.0
     seconds: dict[str, float] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    began: float = 0.0
+
+    def steps(self) -> list[Step]:
+        """All of them, in order."""
+        return [
+            ("corpus", "real text and chat seeds, held-out parts set aside", self.make_corpus),
+            ("tokenizer", "a Llama-2-style sentencepiece model", self.make_tokenizer),
+            ("prepare", "token shards, by MPI ranks", self.prepare_corpora),
+            ("target", "the chat model that is to decode faster", self.train_target),
+            ("pretrain", "the drafter, on text alone", self.pretrain_drafter),
+            ("generate", "the target answers the seeds", self.generate_answers),
+            *(
+                (f"distill {loss}", "the drafter against the target's distributions", self.distiller(loss))
+                for loss in LOSSES
+            ),
+            ("evaluate", "block efficiency on held-out prompts", self.evaluate),
+            ("export", "the best drafter, for servers", self.export),
+            ("report", "plots and tables", self.report),
+        ]
+
+    @property
+    def recipe(self) -> Recipe:
+        """Its sizes."""
+        return Recipe(self.scale, self.processes)
 
     # -- bookkeeping --------------------------------------------------------------------------------------------
 
@@ -92,41 +105,36 @@ class Demo:
         for option, value in (("--corpus", self.corpus), ("--seeds", self.seeds)):
             if value is not None and not plan_units(find_files(value)):
                 raise UserError(f"{option} {value}: the file is empty")
-        if not 0 < self.recipe.scale <= 100:
-            raise UserError(f"--scale {self.recipe.scale}: a share of the training steps, above 0")
-        if self.target is not None:
-            from dist_train.config import TargetSection
-            from dist_train.models.load import check_vocabulary, read_target_config
-            from dist_train.tokenizer import load_tokenizer
-
-            section, tokenizer = TargetSection(path=self.target), load_tokenizer(self.target)
-            if read_target_config(section).vocab_size < tokenizer.vocab_size:
-                check_vocabulary(section, tokenizer.vocab_size, "its tokenizer")
+        self.check()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / ".writable").touch()
             (self.out / ".writable").unlink()
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written: {error.strerror}; choose another folder") from error
-        state = read_json(self.out / STATE) if (self.out / STATE).exists() else {"arguments": self._arguments}
-        if state["arguments"] != self._arguments:
+        state = read_json(self.out / STATE) if (self.out / STATE).exists() else {"arguments": self.arguments()}
+        if state["arguments"] != self.arguments():
             raise UserError(f"--out {self.out}: holds a demo begun with other arguments; remove it or choose another")
-        self.seconds = state.get("seconds", {})
+        self.seconds, self.sizes = state.get("seconds", {}), state.get("sizes", {})
+
+    def check(self) -> None:
+        """Raise UserError where an argument cannot be meant."""
+        if not 0 < self.scale <= 100:
+            raise UserError(f"--scale {self.scale}: a share of the training steps, above 0")
 
     def finish(self, step: str, seconds: float) -> None:
         """Mark a step as done."""
         self.seconds[step] = seconds
-        write_json(self.out / STATE, {"arguments": self._arguments, "seconds": self.seconds})
+        self.save()
 
-    @property
-    def _arguments(self) -> dict[str, Any]:
-        return {
-            "processes": self.processes,
-            "scale": self.recipe.scale,
-            "target": self.target,
-            "corpus": self.corpus,
-            "seeds": self.seeds,
-        }
+    def save(self) -> None:
+        """Keep what is done, for a demo that goes on."""
+        write_json(self.out / STATE, {"arguments": self.arguments(), "seconds": self.seconds, "sizes": self.sizes})
+
+    def arguments(self) -> dict[str, Any]:
+        """With which a demo goes on."""
+        given = {"corpus": self.corpus, "seeds": self.seeds}
+        return {"processes": self.processes, "scale": self.scale, **given}
 
     def stage(self, name: str, label: str, config: dict[str, Any], processes: int | None = None) -> None:
         """Run a stage, in processes of its own, with a configuration that stays readable in `out/configs`."""
@@ -141,13 +149,13 @@ class Demo:
 
     @property
     def tokenizer(self) -> str:
-        """The tokenizer's folder: the target's own where a target was given."""
-        return self.target or str(self.out / "tokenizer")
+        """The tokenizer's folder."""
+        return str(self.out / "tokenizer")
 
     @property
     def target_section(self) -> dict[str, Any]:
         """The target as stages read it."""
-        return {"path": self.target or str(self.out / "target")}
+        return {"path": str(self.out / "target")}
 
     def data(self, *sources: tuple[str, float]) -> dict[str, Any]:
         """A `data` section from names of prepared corpora and weights."""
@@ -177,10 +185,7 @@ class Demo:
         return self.corpus or str(self.out / "corpus" / "train.jsonl")
 
     def make_tokenizer(self) -> None:
-        """Train one, unless the target brings its own."""
-        if self.target is not None:
-            print(f"tokenizer: that of {self.target}", flush=True)
-            return
+        """Train one."""
         from data_shards.inputs import read_texts
         from dist_train.tokenizer import train_tokenizer
 
@@ -189,15 +194,19 @@ class Demo:
         print(f"tokenizer: {tokenizer.vocab_size:,} pieces; {self.out / 'tokenizer'}", flush=True)
 
     def prepare_corpora(self) -> None:
-        """The text, and where the target is trained here the chats that it learns to answer from."""
+        """The text, and the chats that the target learns to answer from."""
+        self.prepare_text()
+        self.prepare_chats("chats", str(self.out / "corpus" / "seeds.train.jsonl"))
+
+    def prepare_text(self) -> None:
+        """What drafters are pretrained on."""
         common = {"tokenizer": self.tokenizer, "shard_bytes": 4 << 20}
         self.stage(
             "prepare", "prepare-text", {"inputs": self._text, "out": str(self.out / "shards" / "text"), **common}
         )
-        if self.target is None:
-            self._prepare_chats("chats", str(self.out / "corpus" / "seeds.train.jsonl"))
 
-    def _prepare_chats(self, name: str, inputs: str) -> None:
+    def prepare_chats(self, name: str, inputs: str) -> None:
+        """Conversations, of which the answers are trained on."""
         config = {
             "inputs": inputs,
             "format": "chat",
@@ -210,9 +219,6 @@ class Demo:
 
     def train_target(self) -> None:
         """Train a small chat model and export it, as if it had come from a hub."""
-        if self.target is not None:
-            print(f"target: {self.target}", flush=True)
-            return
         run = str(self.out / "runs" / "target")
         config = {
             "run": {"dir": run},
@@ -236,8 +242,6 @@ class Demo:
             "train": self.recipe.drafter(),
             "checkpoint": {"every": 100},
         }
-        if self.target is not None:
-            config["target"] = self.target_section  # only its vocabulary is used
         self.stage("pretrain", "base", config)
 
     def generate_answers(self) -> None:
@@ -250,7 +254,7 @@ class Demo:
             "batch_size": 100,
         }
         self.stage("generate", "generate", config)
-        self._prepare_chats("answers", str(self.out / "answers"))
+        self.prepare_chats("answers", str(self.out / "answers"))
 
     def distiller(self, loss: str) -> Callable[[], None]:
         """The step that distils with one loss."""
@@ -307,9 +311,13 @@ class Demo:
 
     def report(self) -> None:
         """One page."""
+        self.write_report(LOSSES, is_real=False)
+
+    def write_report(self, losses: Sequence[str], *, is_real: bool) -> None:
+        """Of the drafters that were distilled with these losses."""
         from dist_train.demo.report import write_report
 
-        write_report(self.out, self.seconds)
+        write_report(self.out, self.seconds, losses, is_real=is_real)
         print(f"report: {self.out / REPORT}", flush=True)
 
 

@@ -196,7 +196,7 @@ def _row(
     drafter, gamma = case
     cell = Cell(key.task, str(drafter), gamma, key.temperature, config.serve.engine)
     served = Counts([answer.given for answer in mine.answers], [answer.calls for answer in mine.answers])
-    if not sum(served.calls):
+    if not any(answer.is_drafted for answer in mine.answers):
         raise UserError(f"{config.serve.engine}: answered task {key.task} without drafting once; see {FOLDER}/ for why")
     offline = count(found[cell]["blocks"])
     row = {

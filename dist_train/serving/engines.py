@@ -38,11 +38,14 @@ class Asked(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """Ids of an answer; and of those after the first, how many the target's calls with drafts gave, and these calls."""
+    """Ids of an answer; of those after the first, how many the target's calls gave, and these calls; whether it was
+    drafted at all.
+    """
 
     ids: list[int]
     given: int
     calls: int
+    is_drafted: bool
 
 
 class Engine(Protocol):
@@ -128,7 +131,7 @@ class Vllm:
         found = vllm.complete(client, self._model, ids, limit, temperature, top_p, self._end_ids)
         if gamma and not found.calls and len(found.tokens) > 1:
             raise UserError(f"{client.url}: answers without a word of its drafts; is it a vLLM before 0.32?")
-        return Answer(found.tokens, found.calls + found.accepted, found.calls)
+        return Answer(found.tokens, found.calls + found.accepted, found.calls, found.calls > 0)
 
 
 class LlamaCpp:
@@ -197,7 +200,7 @@ class LlamaCpp:
     def answer(self, client: Client, asked: Asked, gamma: int) -> Answer:
         """Have one prompt answered."""
         found = llama_cpp.complete(client, *asked)
-        return Answer(found.tokens, *found.blocks(gamma, self._end_ids))
+        return Answer(found.tokens, *found.blocks(gamma, self._end_ids), found.drafted > 0)
 
 
 def _named(variable: str) -> Path | None:

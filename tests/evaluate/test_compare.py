@@ -135,7 +135,11 @@ def seal(path, change):
     [
         ("counts.json", lambda content: content["cells"][0]["tokens"].append([]), "cells.0.tokens.40: "),
         ("counts.json", lambda content: content["cells"][0].update(calls=["1"] * PROMPTS), "cells.0.calls.0: "),
-        ("counts.json", lambda content: content["cells"][0].update(calls=[0] * PROMPTS), "cells.0.calls.0: "),
+        (
+            "counts.json",
+            lambda content: content["cells"][0].update(calls=[0] * PROMPTS),
+            "cells.0: Value error, no calls",
+        ),
         ("counts.json", lambda content: content["cells"][0]["tokens"].pop(), "39 counts of tokens and 40 of calls"),
         ("counts.json", lambda content: content.pop("cells"), "cells: Field required"),
         ("results.json", lambda content: content["rows"][0].pop("temperature"), "rows.0.temperature: Field required"),

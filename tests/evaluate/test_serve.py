@@ -21,7 +21,7 @@ from dist_train.decoding.speculative import speculative_generate
 # Answers 8 tokens to every prompt: with a drafter, 3 drafts of 2 tokens of which 4 are accepted in all, another last
 # token for the first prompt that it is asked of each length, and so on, as the file `how` beside it says.
 SERVER = """#!{python}
-import http.server, json, os, pathlib, signal, sys
+import http.server, json, os, pathlib, signal, sys, time
 how, pid = (pathlib.Path({folder!r}) / name for name in ("how", "pid"))
 how = how.read_text()
 pid.write_text(str(os.getpid()))
@@ -46,7 +46,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             os._exit(134)
         if how == "hangs":
             pid.with_name("asked").touch()
-            signal.pause() if False else __import__("time").sleep(600)
+            time.sleep(600)
         tokens = [7] * 7 + [9 if drafter and how == "differs" else 8]
         timings = {{"predicted_ms": 1.0}}
         if drafter and how != "never drafts":
@@ -207,7 +207,7 @@ def test_drafts_as_vllm_makes_them_are_accepted_as_often_as_the_distributions_sa
     import torch
 
     target, drafter = models
-    prompt, temperature, top_p, repeats = [1, 20, 30], 0.8, 0.7, 4000
+    prompt, temperature, top_p, repeats = [1, 20, 30], 1.5, 0.7, 6000
 
     def nucleus(probabilities):
         ordered, order = probabilities.sort(-1, descending=True)
@@ -219,11 +219,12 @@ def test_drafts_as_vllm_makes_them_are_accepted_as_often_as_the_distributions_sa
         begun = torch.cat([torch.tensor([prompt]).expand(len(first), -1), torch.arange(len(first))[:, None]], 1)
         q, p = ((model(begun).logits[:, -1].double() / temperature).softmax(-1) for model in (target, drafter))
     expected = float(first @ torch.minimum(p, nucleus(q)).sum(-1))
-    assert abs(expected - float(first @ torch.minimum(nucleus(p), nucleus(q)).sum(-1))) > 0.05  # it would tell
+    error = (expected * (1 - expected) / repeats) ** 0.5
+    assert abs(expected - float(first @ torch.minimum(nucleus(p), nucleus(q)).sum(-1))) > 7 * error  # it would tell
     how = {"max_new_tokens": 2, "eos_ids": [], "seed": 3, "batch_size": 500}
     found = generate_as_served("vllm", drafter, target, [prompt] * repeats, 1, temperature, top_p, **how)
     accepted = sum(block - 1 for (block,) in found.blocks) / repeats
-    assert abs(accepted - expected) < 4 * (expected * (1 - expected) / repeats) ** 0.5
+    assert abs(accepted - expected) < 3.5 * error
 
 
 @pytest.mark.parametrize("engine", ["vllm", "llama.cpp"])

@@ -234,7 +234,7 @@ def test_mistakes_are_one_line(tiny, refused, other_tokenizer, tmp_path):
         ),
         (evaluation(tiny, tmp_path / "out", f"drafters={{x: {tmp_path / 'few'}}}"), "set max_tokens=25 in task chat"),
         ([*exported, prompts, "max_new_tokens=250"], "set max_tokens=6 in prompts, or"),
-        ([*exported, prompts, f"drafter={tmp_path / 'few'}"], "the drafter has 40 positions"),
+        ([*exported, prompts, f"drafter={tmp_path / 'few'}"], "positions: 40, the target has 256"),
         (evaluation(tiny, tmp_path / "out", "drafters={x: /nowhere}"), "/nowhere: no run, checkpoint or Hugging Face"),
         (evaluation(tiny, tmp_path / "out", f"drafters={{x: {tmp_path / 'other'}}}"), "a vocabulary of 384"),
         (evaluation(tiny, tmp_path / "out", f"drafters={{x: {unlike}}}"), f"drafter x: {unlike}: its tokenizer, "),
