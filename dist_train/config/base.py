@@ -97,9 +97,10 @@ class SeedsSection(Section):
     messages of OASST's trees; dolly: instruction and context; alpaca: instruction and input"""
     prompt_field: str = "prompt"
     """field with the instruction, or with chat messages"""
-    turns: Literal["first", "last", "each"] | None = None
+    turns: Literal["first", "last", "each", "regenerate"] | None = None
     """of a conversation: its first user message; all up to its last one; or each with what goes before, as seeds of
-    their own. null: first for openassistant, last for others"""
+    their own; regenerate: generate answers each in turn, after its own earlier answers in place of those given (other
+    commands: as first). null: first for openassistant, last for others"""
     where: dict[str, str | int | float | bool] = Field(default={})
     """use records with these values alone, such as {lang: en}"""
     split: Literal["all", "train", "held_out"] = "all"

@@ -30,9 +30,9 @@ SHARES = {
     "generate": 26,
     "distill": 32,
     "evaluate": 10,
-    "export": 4,
+    "export": 3,
     "served": 6,
-    "report": 0,
+    "report": 1,
 }
 """Of the time, in percent; corpus, prepare, export and report take what they take."""
 LEAST_MINUTES = 8.0
@@ -94,7 +94,7 @@ class TimedDemo(Demo):
             raise UserError(f"--target {self.target}: has no chat template; name a model that was tuned to chat")
         if read_target_config(section).vocab_size < tokenizer.vocab_size:
             check_vocabulary(section, tokenizer.vocab_size, "its tokenizer")
-        planned = ", ".join(f"{name} {self.minutes * share / 100:.1f}" for name, share in SHARES.items() if share)
+        planned = ", ".join(f"{name} {self.minutes * share / 100:.1f}" for name, share in SHARES.items())
         print(f"demo: {self.minutes:g} minutes for {self.target}: {planned}; sizes follow from what steps take here")
 
     def arguments(self) -> dict[str, Any]:

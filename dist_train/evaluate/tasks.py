@@ -78,7 +78,7 @@ def load_prompts(config: EvaluateConfig, tokenizer: Tokenizer) -> dict[str, Prom
         raise UserError(f"tasks: two are named {min(twice)}; give each a name of its own")
     found = {}
     for task in config.tasks:
-        messages, ids = encoded(_read(task, tokenizer), tokenizer.source)
+        messages, ids, _ = encoded(_read(task, tokenizer), tokenizer.source)
         found[task.name] = Prompts(ids, sampling(task, config), unit_seed(0, messages, tokenizer.chat_template))
     return found
 
@@ -120,7 +120,7 @@ def _read(task: TaskSection, tokenizer: Tokenizer) -> list[Seed]:
         if prompt and prompt not in found and is_on_side(messages, task):
             chat = encode_at(messages, where, tokenizer)
             if task.max_tokens is None or len(chat.ids) <= task.max_tokens:
-                found[prompt] = Seed(messages, chat)
+                found[prompt] = Seed(messages, chat, [])
         if len(found) == task.limit:
             break
     if not found:

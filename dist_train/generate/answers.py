@@ -28,17 +28,20 @@ SCHEMA = pa.schema(
         "reencoded": pa.bool_(),  # response_ids were made of the text: the server told no ids
     }
 )
+SCHEMA_OF_TURNS = SCHEMA.append(pa.field("turn", pa.int32()))  # of the conversation, from 1
 ORIGIN = b"dist_train"  # key of the Parquet metadata
 
 
-def write_answers(path: Path, rows: Sequence[Mapping[str, Any]], origin: Mapping[str, Any]) -> None:
+def write_answers(
+    path: Path, rows: Sequence[Mapping[str, Any]], origin: Mapping[str, Any], *, by_turn: bool = False
+) -> None:
     """Write one unit, whole or not at all; the same rows give the same bytes. Raises DataError on a full disk.
 
     One that is there already stays: this process was taken for dead, and another made it meanwhile.
     """
     if path.exists():
         return
-    schema = SCHEMA.with_metadata({ORIGIN: json.dumps(origin, sort_keys=True)})
+    schema = (SCHEMA_OF_TURNS if by_turn else SCHEMA).with_metadata({ORIGIN: json.dumps(origin, sort_keys=True)})
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), buffer, compression="zstd")
     write_atomically(path, [buffer.getbuffer()])

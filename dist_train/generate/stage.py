@@ -14,7 +14,7 @@ from data_shards.files import read_json, write_json
 from dist_train.config import GenerateConfig, save_config
 from dist_train.errors import UserError
 from dist_train.generate.answers import write_answers
-from dist_train.generate.asks import Ask, Condition, Engine, Sampling, conditions
+from dist_train.generate.asks import Answer, Ask, Condition, Engine, Sampling, conditions
 from dist_train.generate.memory import memory_report
 from dist_train.generate.page import write_page
 from dist_train.generate.statistics import Stopwatch, gather
@@ -24,7 +24,7 @@ from dist_train.models.target_tokenizer import end_ids, load_target_tokenizer
 from dist_train.prompts.seeds import read_encoded_seeds, refuse_long
 from dist_train.runtime.process_group import started
 from dist_train.runtime.progress import Progress, phase
-from dist_train.tokenizer import Tokenizer
+from dist_train.tokenizer import RefusedChatError, Tokenizer
 from dist_train.work.units import COMPLETE, Units, refuse_other_plan, unit_seed
 
 __all__ = ["STATISTICS", "Generation", "Work", "check", "memory_report", "run"]
@@ -79,7 +79,8 @@ class Generation:
     def __init__(self, config: GenerateConfig, device: torch.device | None = None) -> None:
         self._config, self._device = config, device
         self._tokenizer = tokenizer = load_target_tokenizer(config.target, config.tokenizer, config.chat_template)
-        self._seeds, self.prompts = read_encoded_seeds([config.seeds, *config.more_seeds], tokenizer)
+        self._seeds, self.prompts, self._later = read_encoded_seeds([config.seeds, *config.more_seeds], tokenizer)
+        self.by_turn = any(self._later)
         self.target = read_target_config(config.target)
         self._conditions = conditions(config)
         self._batches = -(-len(self._seeds) // config.batch_size)
@@ -96,6 +97,11 @@ class Generation:
         return self._batches * len(self._conditions)
 
     @property
+    def wanted(self) -> int:
+        """Number of answers, where each conversation goes on to its end."""
+        return len(self._conditions) * sum(1 + len(later) for later in self._later)
+
+    @property
     def plan(self) -> dict[str, Any]:
         """What the answers depend on; a folder begun with another plan is refused."""
         config = self._config
@@ -104,7 +110,9 @@ class Generation:
             "precision": config.target.precision if config.engine.kind == "transformers" else None,
             "model": config.engine.model if config.engine.kind == "openai" else None,
             # Not their ids: a template may write today's date, and a run goes on tomorrow.
-            "prompts": unit_seed(0, self._seeds, self._tokenizer.chat_template),
+            "prompts": unit_seed(
+                0, self._seeds, self._tokenizer.chat_template, *([self._later] if self.by_turn else [])
+            ),
             **config.model_dump(
                 mode="json", include={"temperatures", "top_p", "samples", "max_new_tokens", "batch_size", "seed"}
             ),
@@ -137,23 +145,48 @@ class Generation:
         began = time.monotonic()
         seeds, condition = work = self.work(unit)
         asks, sampling = self._asked(work)
-        answers = self.engine.answer(asks, sampling)
-        rows = [
-            {
-                "seed": seed,
-                "prompt": ask.messages[-1]["content"],
-                "response": self._tokenizer.decode(answer.ids),
-                "prompt_ids": ask.ids,
-                "response_ids": answer.ids,
-                **condition._asdict(),
-                "request_seed": ask.seed,
-                "finish_reason": answer.finish_reason,
-                "reencoded": answer.reencoded,
-            }
-            for seed, ask, answer in zip(seeds, asks, answers, strict=True)
-        ]
-        write_answers(path, rows, self.origin)
+        going, rows, turn = list(zip(seeds, asks, strict=True)), [], 1
+        while going:
+            answers = self.engine.answer([ask for _, ask in going], sampling)
+            after = []
+            for (seed, ask), answer in zip(going, answers, strict=True):
+                rows.append(self._row(seed, ask, answer, condition) | {"turn": turn})
+                if answer.finish_reason == "stop" and (following := self._following(seed, ask, rows[-1], condition)):
+                    after.append((seed, following))
+            going, turn = after, turn + 1
+        write_answers(path, rows, self.origin, by_turn=self.by_turn)
         self._stopwatch.note(unit, began)
+
+    def _row(self, seed: int, ask: Ask, answer: Answer, condition: Condition) -> dict[str, Any]:
+        return {
+            "seed": seed,
+            "prompt": ask.messages[-1]["content"],
+            "response": self._tokenizer.decode(answer.ids),
+            "prompt_ids": ask.ids,
+            "response_ids": answer.ids,
+            **condition._asdict(),
+            "request_seed": ask.seed,
+            "finish_reason": answer.finish_reason,
+            "reencoded": answer.reencoded,
+        }
+
+    def _following(self, seed: int, ask: Ask, row: dict[str, Any], condition: Condition) -> Ask | None:
+        """What is asked after a row's response; None at the end of the conversation.
+
+        It also ends where the template refuses the response, or positions do not suffice for another one.
+        """
+        turn = row["turn"]
+        if turn > len(self._later[seed]):
+            return None
+        messages = [*ask.messages, {"role": "assistant", "content": row["response"]}, *self._later[seed][turn - 1]]
+        try:
+            ids = self._tokenizer.encode_prompt(messages)
+        except RefusedChatError:
+            return None
+        room = getattr(self.target, "max_position_embeddings", None)
+        if room is not None and len(ids) + self._config.max_new_tokens > room:
+            return None
+        return Ask(messages, ids, _request_seed(self._config.seed, seed, condition, turn))
 
     def _asked(self, work: Work) -> tuple[list[Ask], Sampling]:
         """What the engine is asked for a unit."""
@@ -165,9 +198,9 @@ class Generation:
         return asks, Sampling(condition.temperature, condition.top_p or 1.0, self._config.max_new_tokens)
 
 
-def _request_seed(seed: int, number: int, condition: Condition) -> int:
+def _request_seed(seed: int, number: int, condition: Condition, *turn: int) -> int:
     """Of one answer; below 2^31, which every server takes."""
-    return unit_seed(seed, number, *condition) >> 32
+    return unit_seed(seed, number, *condition, *turn) >> 32
 
 
 def _decoder(config: GenerateConfig, tokenizer: Tokenizer, model: Any) -> Engine:
@@ -194,8 +227,12 @@ def _conclude(config: GenerateConfig, generation: Generation, units: Units, seco
     if not (config.out / COMPLETE).exists():
         works = ((unit, units.path(unit), generation.work(unit).condition) for unit in range(units.count))
         statistics = gather(
-            ((unit, path, condition.temperature, condition.top_p) for unit, path, condition in works), config.out
+            ((unit, path, condition.temperature, condition.top_p) for unit, path, condition in works),
+            config.out,
+            by_turn=generation.by_turn,
         )
+        if generation.by_turn:
+            statistics["unasked"] = generation.wanted - statistics["answers"]
         if not statistics["tokens"]:
             raise UserError(f"{config.out}: every answer is empty; does the tokenizer fit the target?")
         save_config(config, config.out / "_config.yaml")
@@ -211,3 +248,10 @@ def _conclude(config: GenerateConfig, generation: Generation, units: Units, seco
         f"{rate}{seconds:.1f} s; {config.out}",
         flush=True,
     )
+    if told.get("turns"):
+        turns = ", ".join(f"{one['answers']:,} of {one['mean_tokens']:.0f} tokens" for one in told["turns"])
+        print(
+            f"generate: by turn {turns}; {told['unasked']:,} more were not asked: the answer before did not end in "
+            "max_new_tokens, or the conversation had no room for another",
+            flush=True,
+        )

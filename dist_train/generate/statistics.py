@@ -42,16 +42,18 @@ class Tally:
     """hashes of the texts, uint64 arrays"""
     pairs: list[Any] = field(default_factory=list)
     """hashes of prompt and text"""
+    turns: dict[int, list[int]] = field(default_factory=dict)
+    """answers to each turn of conversations, their tokens, and how many of them ended by themselves"""
 
     @property
     def tokens(self) -> int:
         """Response tokens."""
         return sum(length * count for length, count in self.lengths.items())
 
-    def add(self, path: Path, seconds: float | None) -> None:
+    def add(self, path: Path, seconds: float | None, *, by_turn: bool = False) -> None:
         """Count one unit; `seconds`: what it took, if that is known. Raises UserError where its file is damaged."""
         try:
-            table = pq.read_table(path, columns=_COLUMNS)
+            table = pq.read_table(path, columns=[*_COLUMNS, *(["turn"] if by_turn else [])])
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: damaged: {error}; remove it, and the same command makes it again") from error
         lengths = pc.list_value_length(table["response_ids"]).to_pylist()
@@ -64,7 +66,14 @@ class Tally:
             self.seconds += seconds
         texts = np.array([xxhash.xxh64_intdigest(text.encode()) for text in table["response"].to_pylist()], np.uint64)
         self.texts.append(texts)
-        self.pairs.append(texts ^ (table["seed"].to_numpy().astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)))
+        prompts = table["seed"].to_numpy().astype(np.uint64)
+        if by_turn:
+            prompts |= table["turn"].to_numpy().astype(np.uint64) << np.uint64(48)
+            turns = zip(table["turn"].to_pylist(), lengths, table["finish_reason"].to_pylist(), strict=True)
+            for turn, length, reason in turns:
+                counts = self.turns.setdefault(turn, [0, 0, 0])
+                self.turns[turn] = [counts[0] + 1, counts[1] + length, counts[2] + (reason == "stop")]
+        self.pairs.append(texts ^ (prompts * np.uint64(0x9E3779B97F4A7C15)))
 
     def figures(self) -> dict[str, Any]:
         """Lengths in tokens; shares of all answers, 0 to 1; tokens/s of one process, null where no time is known."""
@@ -94,17 +103,25 @@ class Tally:
         return counts
 
 
-def gather(units: Iterable[tuple[int, Path, float, float | None]], folder: Path) -> dict[str, Any]:
-    """Figures of all units (number, file, temperature, top-p), altogether and by temperature and top-p."""
+def gather(
+    units: Iterable[tuple[int, Path, float, float | None]], folder: Path, *, by_turn: bool = False
+) -> dict[str, Any]:
+    """Figures of all units (number, file, temperature, top-p), altogether, by temperature and top-p, and by turn."""
     times = dict(_times(folder))
     tallies: dict[tuple[float, float | None], Tally] = {}
     for unit, path, temperature, top_p in units:
         tally = tallies.setdefault((temperature, top_p), Tally(temperature, top_p))
-        tally.add(path, times.get(unit))
+        tally.add(path, times.get(unit), by_turn=by_turn)
     longest = max((max(tally.lengths) for tally in tallies.values()), default=0) or 1
-    whole = _altogether(list(tallies.values())).figures()
+    whole = _altogether(list(tallies.values()))
+    figures = {key: value for key, value in whole.figures().items() if key not in ("temperature", "top_p")}
+    turns = [
+        {"turn": turn, "answers": answers, "mean_tokens": tokens / answers, "stopped_by_itself": stopped / answers}
+        for turn, (answers, tokens, stopped) in sorted(whole.turns.items())
+    ]
     return {
-        **{key: value for key, value in whole.items() if key not in ("temperature", "top_p")},
+        **figures,
+        **({"turns": turns} if by_turn else {}),
         "longest": longest,
         "conditions": [{**tally.figures(), "histogram": tally.histogram(longest)} for tally in tallies.values()],
     }
@@ -152,6 +169,8 @@ def _altogether(tallies: list[Tally]) -> Tally:
         whole.reasons.update(tally.reasons)
         whole.texts += tally.texts
         whole.pairs += tally.pairs
+        for turn, counts in tally.turns.items():
+            whole.turns[turn] = [a + b for a, b in zip(counts, whole.turns.get(turn, [0, 0, 0]), strict=True)]
     return whole
 
 

@@ -26,10 +26,14 @@ class Placed(NamedTuple):
 
 
 class PlacedConversation(NamedTuple):
-    """A conversation, and what tells the place of the record that it is of, or that has its last message."""
+    """A conversation, and what tells the place of the record that it is of, or that has its last message.
+
+    `later`: what a user says after its answer, and after each of the following ones, where these are to be regenerated.
+    """
 
     messages: Conversation
     where: Callable[[], str]
+    later: list[Conversation]
 
 
 class Turns(NamedTuple):
@@ -74,7 +78,8 @@ def conversations(
             faults.note("malformed", where, f"{wanted}; its fields are {listed(record)}")
         else:
             for conversation in _cut(found, turns, partial(faults.note, where=where), wanted):
-                yield PlacedConversation(conversation, where)
+                first, *later = _asked_in_turn(conversation) if turns == "regenerate" else [conversation]
+                yield PlacedConversation(first, where, later)
 
 
 def _cut(found: Turns, turns: str, note: Callable[..., None], wanted: str) -> Iterator[Conversation]:
@@ -90,7 +95,22 @@ def _cut(found: Turns, turns: str, note: Callable[..., None], wanted: str) -> It
             return note("encoding", reason=reason)
         if not ends:
             return note("empty", reason="no message of a user says anything")
+        if turns == "regenerate" and any(message["role"] == "tool" for message in messages[:end]):
+            return note("malformed", reason="a tool's answer, to what the target has not asked; it is not regenerated")
         yield messages[:end]
+
+
+def _asked_in_turn(messages: Conversation) -> list[Conversation]:
+    """What goes before each answer, without the answers: a conversation that ends where the first one begins, and what
+    is said between it and the second, and so on. What an assistant says before the first user is left out.
+    """
+    parts: list[Conversation] = [[]]
+    for message in messages:
+        if message["role"] != "assistant":
+            parts[-1].append(message)
+        elif any(said["role"] == "user" for said in parts[-1]):
+            parts.append([])
+    return parts
 
 
 def not_unicode(text: str) -> str | None:
@@ -213,7 +233,7 @@ def _text(content: Any) -> str | None:
 
 
 def _trees(records: Iterable[Placed], turns: str, faults: Faults) -> Iterator[PlacedConversation]:
-    """Roots ("first"), every prompter's message with its path ("each"), or those that no prompter follows ("last")."""
+    """Roots ("first"), every prompter's message with its path ("each"), or those that no prompter follows (else)."""
     messages: dict[Any, Placed] = {}  # ids are texts, or numbers, of which a parent's may have become a float
     for record, where in records:
         if kind_and_reason := _unusable(record):
@@ -228,11 +248,13 @@ def _trees(records: Iterable[Placed], turns: str, faults: Faults) -> Iterator[Pl
     prompts = [record for record, _ in messages.values() if _ROLES[record["role"]] == "user"]
     if turns == "first":
         prompts = [record for record in prompts if _is_root(record)]
-    followed = {_grandparent(record, messages) for record in prompts} if turns == "last" else set()
+    to_the_end = turns in ("last", "regenerate")
+    followed = {_grandparent(record, messages) for record in prompts} if to_the_end else set()
     for record in prompts:
         path = _path(record["message_id"], messages)
         if path and record["message_id"] not in followed and all(message["content"].strip() for message in path):
-            yield PlacedConversation(path, messages[record["message_id"]].where)
+            first, *later = _asked_in_turn(path) if turns == "regenerate" else [path]
+            yield PlacedConversation(first, messages[record["message_id"]].where, later)
 
 
 def _as_told(record: Record) -> tuple[Any, ...]:

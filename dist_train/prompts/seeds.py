@@ -22,17 +22,22 @@ _SPLIT_KEY = b"dist-train held-out prompts"  # fixed for ever: another key would
 
 
 class Seed(NamedTuple):
-    """A conversation up to where the answer begins, and its token ids; None where no tokenizer was given."""
+    """A conversation up to where the answer begins, and its token ids; None where no tokenizer was given.
+
+    `later`: what the user says after the answer, and after each of the following ones (turns=regenerate).
+    """
 
     messages: list[Message]
     encoded: EncodedChat | None
+    later: list[list[Message]]
 
 
 class EncodedSeeds(NamedTuple):
-    """Conversations, and the token ids of each."""
+    """Conversations, the token ids of each, and what is said after each of the answers to it."""
 
     messages: list[list[Message]]
     ids: list[list[int]]
+    later: list[list[list[Message]]]
 
 
 def read_seeds(
@@ -64,10 +69,12 @@ def read_encoded_seeds(sections: Sequence[SeedsSection], tokenizer: Tokenizer) -
 
 def encoded(seeds: Sequence[Seed], source: str) -> EncodedSeeds:
     """The two sides of encoded seeds; says how many spell out special tokens of the tokenizer `source`."""
-    found = [(seed.messages, seed.encoded) for seed in seeds if seed.encoded is not None]
-    if by_parts := sum(chat.by_parts for _, chat in found):
+    found = [(seed.messages, seed.encoded, seed.later) for seed in seeds if seed.encoded is not None]
+    if by_parts := sum(chat.by_parts for _, chat, _ in found):
         tell_once(f"{source}: {by_parts:,} of {len(found):,} prompts spell out its special tokens, which stay text")
-    return EncodedSeeds([messages for messages, _ in found], [chat.ids for _, chat in found])
+    return EncodedSeeds(
+        [messages for messages, _, _ in found], [chat.ids for _, chat, _ in found], [later for _, _, later in found]
+    )
 
 
 def encode_at(messages: Conversation, where: Callable[[], str], tokenizer: Tokenizer) -> EncodedChat:
@@ -158,13 +165,13 @@ def _tell(faults: Faults, section: SeedsSection) -> None:
 def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str], faults: Faults) -> Iterator[Seed]:
     if (section.min_tokens > 0 or section.max_tokens is not None) and tokenizer is None:
         raise UserError(f"{section.source}: min_tokens and max_tokens have no effect here; leave them out")
-    for messages, where in conversations(_records(section, faults), section, faults):
-        key = _key(messages)
+    for messages, where, later in conversations(_records(section, faults), section, faults):
+        key = "\n".join(map(_key, [messages, *later]))
         if not messages or key in seen or not is_on_side(messages, section):
             continue
         seen.add(key)
         if tokenizer is None:
-            yield Seed(messages, None)
+            yield Seed(messages, None, later)
             continue
         try:
             chat = tokenizer.encode_chat(messages)
@@ -172,7 +179,7 @@ def _wanted(section: SeedsSection, tokenizer: Tokenizer | None, seen: set[str], 
             faults.note("malformed", where, str(error))
             continue
         if section.min_tokens <= len(chat.ids) <= (section.max_tokens or len(chat.ids)):
-            yield Seed(messages, chat)
+            yield Seed(messages, chat, later)
 
 
 def _key(messages: Conversation) -> str:
