@@ -27,8 +27,6 @@ REPETITION = (
     "A target trained for minutes repeats itself, which also makes it easy to guess: one reason why block efficiency "
     "is as high as it is here."
 )
-
-
 REAL_CAUTION = (
     "This is a demonstration: minutes of training align a drafter with a real chat model only a little, and at the "
     "questions of one kind that it was trained on. What a server gains or loses is measured on this machine. Intervals "
@@ -148,7 +146,14 @@ def _series(run: Path, tag: str) -> tuple[list[float], list[float]]:
 
 
 def _markdown(facts: dict[str, Any], results: dict[str, Any]) -> str:
-    lines = ["# dist-train demo", "", f"> {CAUTION}", "", *(f"- {sentence}" for sentence in facts["findings"]), ""]
+    lines = [
+        "# dist-train demo",
+        "",
+        f"> {facts['caution']}",
+        "",
+        *(f"- {sentence}" for sentence in facts["findings"]),
+        "",
+    ]
     lines += [results_markdown(results), "What the target says, greedily:", ""]
     lines += [f"- {prompt} — {response}" for prompt, response in facts["samples"]]
     lines += ["", facts["repetition"], ""]

@@ -2,13 +2,16 @@
 
 It is started with each drafter at each gamma, and without one, and answers all prompts at each temperature and
 concurrency. Its block efficiency stands beside what was decoded here in its own way (`decoding.served`), its tokens/s
-with a drafter beside those without, its greedy answers beside each other.
+with a drafter beside those without, its greedy answers beside each other, and its speed-up beside the one that is
+predicted from block efficiency here and costs of calls there.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +33,7 @@ from dist_train.work.units import unit_seed
 FOLDER = "served"
 """Logs of the servers, in the results folder."""
 _WARM_UP_TOKENS = 8
+_TIMED, _TIMED_TOKENS = 8, 32  # answers and their tokens, from which the costs of calls are told
 _SLACK = 2  # positions that llama.cpp keeps free behind the drafts
 WAYS = {
     "vllm": (
@@ -41,6 +45,10 @@ WAYS = {
         "text's last block is cut where the text ends."
     ),
 }
+_PREDICTED = (
+    "Predicted: from block efficiency offline, and what a call costs this server with these drafts before it, timed on "
+    "a few prompts; a call in plain steps is also the block efficiency at which nothing is gained."
+)
 _LOOK_AT = {
     "vllm": (
         "look at serve.dtype beside target.precision, at the positions of the drafter, and, at T > 0 on a CPU, at "
@@ -64,11 +72,27 @@ class Key(NamedTuple):
     concurrency: int
 
 
+class Costs(NamedTuple):
+    """Seconds until an answer has its first token, and of one call of the target with the drafts before it, in a server
+    that answers as many prompts at a time as are measured.
+    """
+
+    first: float
+    call: float
+
+    def seconds(self, tokens: float, tokens_per_call: float) -> float:
+        """Of an answer of so many tokens."""
+        return self.first + (tokens - 1) / tokens_per_call * self.call
+
+
 class Measured(NamedTuple):
-    """The answers to all prompts of a task, and the seconds from the first request to the last answer."""
+    """The answers to all prompts of a task, the seconds from the first request to the last answer, and what calls cost,
+    timed before.
+    """
 
     answers: list[Answer]
     seconds: float
+    costs: Costs
 
     @property
     def rate(self) -> float:
@@ -119,9 +143,12 @@ def serve(
         "engine": section.engine,
         "version": version,
         "weights": engine.weights(),
-        "way": WAYS[section.engine],
+        "way": f"{WAYS[section.engine]} {_PREDICTED}",
         "rows": rows,
-        "notes": [note for row in rows if (note := outside(row, _all_offline(found, row), section.engine))],
+        "notes": [
+            *(note for row in rows if (note := outside(row, _all_offline(found, row), section.engine))),
+            *best_gammas(rows),
+        ],
     }
 
 
@@ -149,7 +176,7 @@ def _keys(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> list[Key]:
 def _measure(
     client: Client, engine: Engine, config: EvaluateConfig, key: Key, prompts: Prompts, gamma: int, named: str
 ) -> Measured:
-    """All prompts of a task answered, `concurrency` at a time; before that, unmeasured, the first few."""
+    """All prompts of a task answered, `concurrency` at a time; before that the first few, to time single calls."""
     _, limit, top_p = prompts.sampling.temperatures, prompts.sampling.max_new_tokens, prompts.sampling.top_p
     asked = [
         Asked(ids, limit, key.temperature, top_p, unit_seed(config.seed, key.task, i) % 2**31)
@@ -160,19 +187,39 @@ def _measure(
         f"{named}: {len(asked):,} prompts of task {key.task}, T {key.temperature:g}, {key.concurrency} at a time"
     ):
         _answers(client, engine, first, gamma, key.concurrency)
+        costs = _time_calls(client, engine, asked, gamma, key.concurrency)
         began = time.monotonic()
         answers = _answers(client, engine, asked, gamma, key.concurrency)
-        return Measured(answers, time.monotonic() - began)
+        return Measured([answer for answer, _ in answers], time.monotonic() - began, costs)
 
 
-def _answers(client: Client, engine: Engine, asked: list[Asked], gamma: int, concurrency: int) -> list[Answer]:
-    """In the order of the prompts. What is wrong with one request ends all that are under way, and is told by all."""
+def _time_calls(client: Client, engine: Engine, asked: list[Asked], gamma: int, concurrency: int) -> Costs:
+    """From the first few prompts, answered with one token and with more. How many drafts are accepted has no part."""
+    some = [
+        one._replace(max_new_tokens=min(one.max_new_tokens, _TIMED_TOKENS))
+        for one in asked[: max(_TIMED, 2 * concurrency)]
+    ]
+    short = _answers(client, engine, [one._replace(max_new_tokens=1) for one in some], gamma, concurrency)
+    whole = _answers(client, engine, some, gamma, concurrency)
+    first = statistics.mean(seconds for _, seconds in short)
+    calls = sum(answer.calls if gamma else len(answer.ids) - 1 for answer, _ in whole)
+    return Costs(first, max(0.0, sum(seconds for _, seconds in whole) - first * len(whole)) / max(calls, 1))
 
-    def ask(one: Asked) -> Answer:
+
+def _answers(
+    client: Client, engine: Engine, asked: list[Asked], gamma: int, concurrency: int
+) -> list[tuple[Answer, float]]:
+    """In the order of the prompts, with the seconds that each took. What is wrong with one request ends all that are
+    under way, and is told by all.
+    """
+
+    def ask(one: Asked) -> tuple[Answer, float]:
+        began = time.monotonic()
         try:
-            return engine.answer(client, one, gamma)
+            answer = engine.answer(client, one, gamma)
         except UserError as error:
             raise UserError(client.give_up(str(error))) from error
+        return answer, time.monotonic() - began
 
     pool = ThreadPoolExecutor(concurrency)
     try:
@@ -199,6 +246,7 @@ def _row(
     if not any(answer.is_drafted for answer in mine.answers):
         raise UserError(f"{config.serve.engine}: answered task {key.task} without drafting once; see {FOLDER}/ for why")
     offline = count(found[cell]["blocks"])
+    efficiency, tokens = bootstrap_runs([offline]), statistics.mean(found[cell]["lengths"])
     row = {
         "task": key.task,
         "drafter": drafter,
@@ -208,11 +256,13 @@ def _row(
         "prompts": len(mine.answers),
         "tokens": sum(len(answer.ids) for answer in mine.answers),
         "block_efficiency": bootstrap_runs([served])._asdict(),
-        "offline": bootstrap_runs([offline])._asdict(),
+        "offline": efficiency._asdict(),
         "difference": bootstrap_runs([served], [offline])._asdict(),
         "tokens_per_s": mine.rate,
         "plain_tokens_per_s": plain.rate,
         "speed_up": mine.rate / plain.rate,
+        "predicted_speed_up": plain.costs.seconds(tokens, 1.0) / mine.costs.seconds(tokens, efficiency.value),
+        "call": mine.costs.call / plain.costs.call if plain.costs.call else None,
     }
     if key.temperature > 0:
         return row
@@ -236,6 +286,22 @@ def _differing(
         is_shorter = at == min(len(one), len(other))  # one ends where the other goes on
         tie = None if is_shorter else gap([*prompt, *one[:at]], one[at], other[at])
         yield {"prompt": number, "token": at, "gap": tie}
+
+
+def best_gammas(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each drafter and condition, at which gamma the server was fastest, and at which it was predicted to be."""
+    by_condition = defaultdict[str, list[Mapping[str, Any]]](list)
+    for row in rows:
+        at = f"{row['task']}, {row['drafter']}, T {row['temperature']:g}, {row['concurrency']} at a time"
+        by_condition[at].append(row)
+    told = []
+    for condition, mine in by_condition.items():
+        served, predicted = (max(mine, key=lambda row: row[key]) for key in ("speed_up", "predicted_speed_up"))
+        if len(mine) > 1:
+            loss = 1 - predicted["speed_up"] / served["speed_up"]
+            was = f"{served['gamma']} was, {predicted['gamma']} is {loss:.0%} slower" if loss else "it was"
+            told.append(f"{condition}: gamma {predicted['gamma']} predicted to be fastest; {was}")
+    return told
 
 
 def _all_offline(found: Found, row: Mapping[str, Any]) -> list[Estimate]:

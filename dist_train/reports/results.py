@@ -133,6 +133,8 @@ class _ServedRow(Form):
     tokens_per_s: _Finite
     plain_tokens_per_s: _Finite
     speed_up: _Finite
+    predicted_speed_up: _Finite
+    call: _Finite | None
     equal_to_plain: int | None = None
     plain_equal_to_offline: int | None = None
     differing: list[_Parting] = Field(default=[])

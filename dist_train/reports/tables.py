@@ -52,7 +52,8 @@ def notes(results: dict[str, Any]) -> list[str]:
 
 def _served_tables(served: Sequence[Mapping[str, Any]]) -> dict[str, Table]:
     header = ["task", "gamma", "T", "at a time", "drafter", "block efficiency", "offline, drafted alike", "tokens/s"]
-    header += ["without", "speed-up", "greedy answers equal", "without: equal to offline"]
+    header += ["without", "speed-up", "predicted", "a call, in plain steps", "greedy answers equal"]
+    header += ["without: equal to offline"]
     return {
         f"Served by {one['engine']} {one['version']}, {one['weights']}": (
             header,
@@ -73,6 +74,8 @@ def _served_row(row: Mapping[str, Any]) -> list[str]:
         f"{row['tokens_per_s']:.1f}",
         f"{row['plain_tokens_per_s']:.1f}",
         f"{row['speed_up']:.2f}x",
+        f"{row['predicted_speed_up']:.2f}x",
+        "" if row["call"] is None else f"{row['call']:.2f}",
         *_equal(row),
     ]
 

@@ -17,6 +17,7 @@ import pytest
 from data_shards.files import read_json
 from dist_train.decoding.served import generate_as_served
 from dist_train.decoding.speculative import speculative_generate
+from dist_train.evaluate.serve import Costs, best_gammas
 
 # Answers 8 tokens to every prompt: with a drafter, 3 drafts of 2 tokens of which 4 are accepted in all, another last
 # token for the first prompt that it is asked of each length, and so on, as the file `how` beside it says.
@@ -48,6 +49,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pid.with_name("asked").touch()
             time.sleep(600)
         tokens = [7] * 7 + [9 if drafter and how == "differs" else 8]
+        if asked["n_predict"] == 1:
+            return self._say({{"tokens": [7], "timings": {{"predicted_ms": 1.0}}}})
+        time.sleep(3 * 0.1 if drafter else 7 * 0.05)  # calls
         timings = {{"predicted_ms": 1.0}}
         if drafter and how != "never drafts":
             timings |= {{"draft_n": 6, "draft_n_accepted": 4}}
@@ -121,6 +125,9 @@ def test_the_table_is_what_the_server_said(stand_in, words, command, tmp_path):
         assert [(one["prompt"], one["token"]) for one in row["differing"]] == [(i, 7) for i in range(6)]
         assert all(one["gap"] > 0 for one in row["differing"])
         assert row["speed_up"] == pytest.approx(row["tokens_per_s"] / row["plain_tokens_per_s"])
+        # It sleeps for 0.1 s a call with drafts, 0.05 s a plain step, and answers little later.
+        assert row["call"] == pytest.approx(2, rel=0.2)
+        assert row["predicted_speed_up"] == pytest.approx(row["offline"]["value"] / 2, rel=0.25)
     # The random drafter is right less often than the server says: told in a line for each row, with what to look at.
     assert len(served["notes"]) == 2 and "2.33 tokens a call served" in served["notes"][0]
     page = (tmp_path / "out" / "results.html").read_text()
@@ -132,6 +139,22 @@ def test_the_table_is_what_the_server_said(stand_in, words, command, tmp_path):
     without = [word for word in words("nowhere")[:-2] if not word.startswith("serve.")]
     assert command(*without)[0] == 0
     assert read_json(tmp_path / "out" / "results.json")["served"] == [served]
+
+
+def test_predicted_seconds_and_the_best_gamma():
+    """A first token after 0.3 s, then 20 tokens in 8 calls of 0.25 s."""
+    assert Costs(0.3, 0.25).seconds(21, 2.5) == pytest.approx(0.3 + 8 * 0.25)
+    rows = [
+        {"task": "chat", "drafter": "one", "temperature": 0.7, "concurrency": at, "gamma": gamma}
+        | {"speed_up": served, "predicted_speed_up": predicted}
+        for at, figures in ((1, [(1.2, 1.1), (1.5, 1.6), (1.4, 1.5)]), (4, [(1.25, 1.3), (1.0, 1.2), (0.9, 1.4)]))
+        for gamma, (served, predicted) in enumerate(figures, 1)
+    ]
+    assert best_gammas(rows) == [
+        "chat, one, T 0.7, 1 at a time: gamma 2 predicted to be fastest; it was",
+        "chat, one, T 0.7, 4 at a time: gamma 3 predicted to be fastest; 1 was, 3 is 28% slower",
+    ]
+    assert best_gammas(rows[:1]) == []
 
 
 @pytest.mark.parametrize(

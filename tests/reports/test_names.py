@@ -85,17 +85,20 @@ def test_plots_show_names(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_of_a_card_are_whole_words(name):
-    card = model_card(Facts(name, f"/models/{name}", 10, "bf16", 64, [], None, None, False))
+    sizes = {"parameters": 10, "dtype": "bf16", "positions": 64, "longest": 64}
+    told = {"chats": True, "gamma": None, "provenance": [], "results": None, "assisted": None, "gguf": None}
+    card = model_card(Facts(name, f"/models/{name}", **sizes, **told))
     blocks = re.findall(r"```bash\n(.*?)```", card, re.DOTALL)
     target = name.rpartition("/")[2]
-    convert, vllm, sglang = (shlex.split(block) for block in blocks)
-    assert convert[:3] == ["python", "convert_hf_to_gguf.py", name]
+    llama_cpp, vllm, sglang = (shlex.split(block) for block in blocks)
+    assert llama_cpp[:3] == ["python", "llama.cpp/convert_hf_to_gguf.py", name]
     assert vllm[:3] == ["vllm", "serve", target]
-    assert json.loads(vllm[-1]) == {"model": name, "method": "draft_model", "num_speculative_tokens": 5}
+    speculation = {"method": "draft_model", "num_speculative_tokens": 3, "draft_sample_method": "probabilistic"}
+    assert json.loads(vllm[-1]) == {"model": name, **speculation}
     assert sglang[sglang.index("--model-path") + 1] == target
     assert sglang[sglang.index("--speculative-draft-model-path") + 1] == name
     (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
-    assert eval(re.search(r"from_pretrained\((.*)\)\)", snippet)[1]) == name
+    assert eval(re.search(r"drafter = .*from_pretrained\((.*), dtype", snippet)[1]) == name
     shown = Text()
     shown.feed(MarkdownIt("gfm-like", {"linkify": False}).render(card))
     assert "script" not in shown.elements
