@@ -118,7 +118,7 @@ def test_a_gguf_targets(command, llama_cpp, programs, tmp_path, monkeypatch):
     server = find_program(llama_cpp, "llama-server")
     started = card_command(out, "llama-server", programs("llama-server", f'exec {server} "$@"'), "-t", "1")
     prompt, answers = [1, 4093, 198, 1780, 314, 253, 2], []
-    for one in (started, llama_cpp_command(llama_cpp, file, threads=1)):
+    for one in (started, llama_cpp_command(server, file, threads=1)):
         with running(one, tmp_path / "log", patience=120) as url:
             answers.append(complete(Client(url, None, timeout=120, patience=0), prompt, 16))
     assert answers[0].drafted > 0
