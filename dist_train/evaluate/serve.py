@@ -72,6 +72,19 @@ class Key(NamedTuple):
     concurrency: int
 
 
+class Timed(NamedTuple):
+    """An answer, and when its request was sent and answered, in seconds of one clock."""
+
+    answer: Answer
+    sent: float
+    came: float
+
+    @property
+    def seconds(self) -> float:
+        """From the one to the other."""
+        return self.came - self.sent
+
+
 class Costs(NamedTuple):
     """Seconds until an answer has its first token, and of one call of the target with the drafts before it, in a server
     that answers as many prompts at a time as are measured.
@@ -146,7 +159,7 @@ def serve(
         "way": f"{WAYS[section.engine]} {_PREDICTED}",
         "rows": rows,
         "notes": [
-            *(note for row in rows if (note := outside(row, _all_offline(found, row), section.engine))),
+            *outside(rows, found, section.engine),
             *best_gammas(rows),
         ],
     }
@@ -190,36 +203,39 @@ def _measure(
         costs = _time_calls(client, engine, asked, gamma, key.concurrency)
         began = time.monotonic()
         answers = _answers(client, engine, asked, gamma, key.concurrency)
-        return Measured([answer for answer, _ in answers], time.monotonic() - began, costs)
+        return Measured([one.answer for one in answers], time.monotonic() - began, costs)
 
 
 def _time_calls(client: Client, engine: Engine, asked: list[Asked], gamma: int, concurrency: int) -> Costs:
-    """From the first few prompts, answered with one token and with more. How many drafts are accepted has no part."""
+    """From the first few prompts, answered with one token and with more, as long as so many are under way. How many
+    drafts are accepted has no part.
+    """
     some = [
         one._replace(max_new_tokens=min(one.max_new_tokens, _TIMED_TOKENS))
-        for one in asked[: max(_TIMED, 2 * concurrency)]
+        for one in asked[: max(_TIMED, 4 * concurrency)]
     ]
     short = _answers(client, engine, [one._replace(max_new_tokens=1) for one in some], gamma, concurrency)
-    whole = _answers(client, engine, some, gamma, concurrency)
-    first = statistics.mean(seconds for _, seconds in short)
-    calls = sum(answer.calls if gamma else len(answer.ids) - 1 for answer, _ in whole)
-    return Costs(first, max(0.0, sum(seconds for _, seconds in whole) - first * len(whole)) / max(calls, 1))
+    whole = _among_as_many(_answers(client, engine, some, gamma, concurrency))
+    first = statistics.mean(one.seconds for one in _among_as_many(short))
+    calls = sum(one.answer.calls if gamma else len(one.answer.ids) - 1 for one in whole)
+    return Costs(first, max(0.0, sum(one.seconds - first for one in whole)) / max(calls, 1))
 
 
-def _answers(
-    client: Client, engine: Engine, asked: list[Asked], gamma: int, concurrency: int
-) -> list[tuple[Answer, float]]:
-    """In the order of the prompts, with the seconds that each took. What is wrong with one request ends all that are
-    under way, and is told by all.
-    """
+def _among_as_many(answers: list[Timed]) -> list[Timed]:
+    """Those that came before the last request was sent: until then as many were under way as there may be."""
+    last = max(one.sent for one in answers)
+    return [one for one in answers if one.came <= last] or answers
 
-    def ask(one: Asked) -> tuple[Answer, float]:
-        began = time.monotonic()
+
+def _answers(client: Client, engine: Engine, asked: list[Asked], gamma: int, concurrency: int) -> list[Timed]:
+    """In the order of the prompts. What is wrong with one request ends all that are under way, and is told by all."""
+
+    def ask(one: Asked) -> Timed:
+        sent = time.monotonic()
         try:
-            answer = engine.answer(client, one, gamma)
+            return Timed(engine.answer(client, one, gamma), sent, time.monotonic())
         except UserError as error:
             raise UserError(client.give_up(str(error))) from error
-        return answer, time.monotonic() - began
 
     pool = ThreadPoolExecutor(concurrency)
     try:
@@ -304,20 +320,21 @@ def best_gammas(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return told
 
 
-def _all_offline(found: Found, row: Mapping[str, Any]) -> list[Estimate]:
-    """Block efficiency here under the same condition, however it was drafted."""
+def outside(rows: Sequence[Mapping[str, Any]], found: Found, engine: str) -> list[str]:
+    """A line for each drafter whose served figures are outside every interval of what was decoded here."""
+    told = defaultdict[str, list[str]](list)
+    for row in rows:
+        served, beside, difference = row["block_efficiency"]["value"], row["offline"], Estimate(**row["difference"])
+        if difference.low <= 0 <= difference.high or any(one.low <= served <= one.high for one in _beside(found, row)):
+            continue
+        told[f"{row['task']}, {row['drafter']}, T {row['temperature']:g}"].append(
+            f"gamma {row['gamma']}, {row['concurrency']} at a time {served:.2f} tokens a call served, "
+            f"{beside['value']:.2f} [{beside['low']:.2f}, {beside['high']:.2f}] offline"
+        )
+    return [f"{of}: {'; '.join(some)}: outside every interval: {_LOOK_AT[engine]}" for of, some in told.items()]
+
+
+def _beside(found: Found, row: Mapping[str, Any]) -> list[Estimate]:
+    """Block efficiency here under the same condition, by ways of drafting."""
     condition = (row["task"], row["drafter"], row["gamma"], row["temperature"])
     return [bootstrap_runs([count(counts["blocks"])]) for cell, counts in found.items() if cell[:4] == condition]
-
-
-def outside(row: Mapping[str, Any], offline: Sequence[Estimate], engine: str) -> str:
-    """The line about a served figure outside every offline interval that differs from its own way's; else nothing."""
-    served, difference = row["block_efficiency"], Estimate(**row["difference"])
-    if difference.low <= 0 <= difference.high or any(one.low <= served["value"] <= one.high for one in offline):
-        return ""
-    beside = row["offline"]
-    return (
-        f"{row['task']}, {row['drafter']}, gamma {row['gamma']}, T {row['temperature']:g}, {row['concurrency']} at a "
-        f"time: {served['value']:.2f} tokens a call served, {beside['value']:.2f} "
-        f"[{beside['low']:.2f}, {beside['high']:.2f}] offline, outside every interval: {_LOOK_AT[engine]}"
-    )

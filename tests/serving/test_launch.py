@@ -119,3 +119,16 @@ def test_a_killed_parent_takes_the_server_along(server, tmp_path):
         parent.kill()
     assert_ends(served)
     os.kill(server.child(), signal.SIGKILL)  # not the server's own, which would end what it has started
+
+
+def test_the_cause_is_told_and_not_what_came_of_it(tmp_path):
+    """As vLLM logs it: by one process, then by those that waited for it."""
+    log = tmp_path / "log"
+    log.write_text(
+        "(VllmWorker-0 pid=7) ERROR 11-26 18:39:26 [executor.py:953] Traceback (most recent call last):\n"
+        "(VllmWorker-0 pid=7) ERROR 11-26 18:39:26 [executor.py:953]     raise ValueError(\n"
+        "(VllmWorker-0 pid=7) ERROR 11-26 18:39:26 [executor.py:953] ValueError: 14.65 of 18.59 GiB are free\n"
+        "(EngineCore pid=5) ERROR 11-26 18:39:28 [core.py:1510] Exception: WorkerProc initialization failed.\n"
+        "RuntimeError: Engine core initialization failed. See root cause above.\n"
+    )
+    assert launch.last_words(log) == "ValueError: 14.65 of 18.59 GiB are free"
