@@ -33,7 +33,7 @@ from dist_train.work.units import unit_seed
 FOLDER = "served"
 """Logs of the servers, in the results folder."""
 _WARM_UP_TOKENS = 8
-_TIMED, _TIMED_TOKENS = 8, 32  # answers and their tokens, from which the costs of calls are told
+_TIMED, _TIMED_TOKENS = 8, 64  # answers and their tokens, from which the costs of calls are told
 _SLACK = 2  # positions that llama.cpp keeps free behind the drafts
 WAYS = {
     "vllm": (
@@ -279,6 +279,8 @@ def _row(
         "speed_up": mine.rate / plain.rate,
         "predicted_speed_up": plain.costs.seconds(tokens, 1.0) / mine.costs.seconds(tokens, efficiency.value),
         "call": mine.costs.call / plain.costs.call if plain.costs.call else None,
+        "costs": mine.costs._asdict(),
+        "plain_costs": plain.costs._asdict(),
     }
     if key.temperature > 0:
         return row

@@ -10,7 +10,9 @@ from typing import NamedTuple, Protocol
 
 from dist_train.config import ServeSection, TargetSection
 from dist_train.errors import UserError
-from dist_train.models.drafter import find_model
+from dist_train.models.drafter import find_model, read_drafter_config
+from dist_train.models.load import read_target_config
+from dist_train.models.sizes import cached
 from dist_train.runtime.progress import phase
 from dist_train.serving import llama_cpp, vllm
 from dist_train.serving.gguf import find_converter, write_gguf
@@ -22,6 +24,7 @@ _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _GGUF_TYPES = {"bf16": "bf16", "fp16": "f16", "fp32": "f32"}
 _EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-ctkd", "f32", "-ctvd", "f32")
 """llama.cpp's caches are fp16 whatever the weights are."""
+_LEAST_CACHE = 1 << 28
 _WEIGHTS = ["*.safetensors", "*.json", "*.model", "*.jinja", "*.txt"]
 EXPORTED = "drafter.gguf"
 """What `dist-train export gguf=true` calls it."""
@@ -103,8 +106,12 @@ class Vllm:
         return self._dtype
 
     def command(self, drafter: str | None, gamma: int, slots: int, positions: int) -> ServerCommand:
-        """`slots` says nothing to vLLM, which takes what its memory holds."""
+        """On GPUs `slots` says nothing to vLLM, which takes what their memory holds."""
+        import torch
+
         more = ["--no-enable-prefix-caching"]  # prompts come again at another concurrency
+        if not torch.cuda.is_available():  # else it wants 92 % of all memory, and ends where others have some of it
+            more += ["--kv-cache-memory-bytes", str(self._caches(drafter, slots, positions))]
         if self._target.revision:
             more += ["--revision", self._target.revision]
         if self._target.trust_remote_code:
@@ -119,6 +126,13 @@ class Vllm:
             positions=positions,
             more=[*more, *self._section.arguments],
         )
+
+    def _caches(self, drafter: str | None, slots: int, positions: int) -> int:
+        """Bytes for the keys and values of `slots` texts in fp32, twice, since blocks of them are never full."""
+        configs = [read_target_config(self._target)]
+        if drafter:
+            configs.append(read_drafter_config(self._drafters[drafter]))
+        return max(_LEAST_CACHE, 2 * 4 * sum(map(cached, configs)) * slots * positions)
 
     def version(self, client: Client) -> str:
         """Of the server that answers; and remember what it calls the target."""
