@@ -23,14 +23,6 @@ DEVICE_VARIABLE = "DIST_TRAIN_TEST_DEVICE"
 """cpu: tests marked gpu that take their device from the fixture `device` go through their steps on a CPU."""
 
 
-def pytest_collection_modifyitems(items):
-    """With `-n 2` a worker takes whole files, whose tests share what they made; one has all of SLURM, where a node that
-    is lost is told from others by its name alone.
-    """
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("slurm" if item.path.parent.name == "slurm" else str(item.path)))
-
-
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is None:
         return
