@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ _GRACE_SECONDS = 10.0
 _END_OF_LOG = 1 << 16
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 # What a line of a log begins with before it says anything: "(EngineCore pid=7) ERROR 11-26 01:27:09 [core.py:94] ".
-_PREAMBLE = re.compile(r"^(\([\w-]+ pid=\d+\)\s*)?((INFO|WARNING|ERROR)\s+[\d-]+ [\d:.]+ \[[^\]]*\]\s*)?")
+_PREAMBLE = re.compile(r"^(\([\w-]+ pid=\d+\) ?)?((INFO|WARNING|ERROR)\s+[\d-]+ [\d:.]+ \[[^\]]*\] ?)?")
 _RAISED = re.compile(r"[\w.]*(Error|Exception): .")
 _NAMES_AN_ERROR = re.compile(r"(?i)\w*(error|exception)\b|\bfailed\b|\bunable\b|\bcannot\b")
 
@@ -72,18 +73,20 @@ def running(server: ServerCommand, log: Path, patience: float = 900.0) -> Iterat
 
 
 def last_words(log: Path) -> str:
-    """The first exception in the end of a log, of which later ones are told to be the consequence; else its last three
-    lines that name an error, or its last three, as one line of 600 characters.
+    """The first exception in the end of a log, of which later ones come, with the lines set in below it. Else the last
+    three lines that name an error, or the last three. As one line of 600 characters.
     """
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _END_OF_LOG))
         text = _COLOURS.sub("", file.read().decode(errors="replace"))
     # The same words are often logged by one process and raised by another.
-    said = [line for line in dict.fromkeys(_PREAMBLE.sub("", line).strip() for line in text.splitlines()) if line]
-    if raised := next((line for line in said if _RAISED.match(line)), None):
-        return raised[:600]
-    errors = [line for line in said if _NAMES_AN_ERROR.search(line)]
-    return " | ".join((errors or said)[-3:])[-600:] or "nothing"
+    said = [line for line in dict.fromkeys(_PREAMBLE.sub("", line).rstrip() for line in text.splitlines()) if line]
+    raised = next((i for i, line in enumerate(said) if _RAISED.match(line)), None)
+    if raised is not None:
+        below = takewhile(lambda line: line.startswith(" "), said[raised + 1 :])
+        return " | ".join([said[raised], *map(str.strip, below)])[:600]
+    errors = [line.strip() for line in said if _NAMES_AN_ERROR.search(line)]
+    return " | ".join((errors or [line.strip() for line in said])[-3:])[-600:] or "nothing"
 
 
 def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], port: int, log: Path, patience: float) -> None:
