@@ -153,8 +153,8 @@ class TrainSection(Section):
     deepspeed: str = "zero1"
     """name in ds_configs or path of a DeepSpeed JSON"""
     gradient_checkpointing: bool = False
-    compile: bool = False
-    """torch.compile the drafter's blocks: pays on a GPU after a minute or two of compiling"""
+    compile: Literal["auto"] | bool = "auto"
+    """torch.compile the drafter's blocks; auto: on a GPU, where the run is long enough for it, short of ZeRO-3"""
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     """keep an average of the weights, w += (1 - decay) (new - w) each step; in checkpoints beside them, as ema"""
     max_skipped: PositiveInt = 10

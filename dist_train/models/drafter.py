@@ -195,7 +195,7 @@ class TrainableDrafter(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if compiled:
             compile_blocks(model.get_decoder())
-        self.model = model
+        self.model, self.compiled = model, compiled
 
     def forward(
         self,

@@ -71,16 +71,9 @@ def memory_estimate(
         / shard["optimizer"],
     }
     target = config.target if needs_target(config.objective) else None
-    rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), tokens)
-    step = {
-        "activations": tokens * activation_bytes(shape, width, checkpointing=config.train.gradient_checkpointing),
-        # Both heads' chunks, and the fp32 gradient of the drafter's head.
-        "logit chunks": 4 * shape.vocab_size * ((2 if target else 1) * rows + shape.hidden_size),
-    }
     if target is not None:
-        stays, comes = _target_bytes(target, tokens, world_size, on_gpu)
-        estimate |= stays
-        step |= comes
+        estimate |= _target_bytes(target, world_size, on_gpu)
+    step = _step_bytes(config, shape, tokens, width, on_gpu)
     copies = 4 * drafter * (4 if config.train.ema_decay else 3) / world_size
     estimate |= step
     estimate["copies for checkpoints"] = max(0.0, copies - sum(step.values()))
@@ -88,6 +81,33 @@ def memory_estimate(
     if on_gpu and world_size > 1:
         estimate["NCCL"] = _NCCL
     return {kind: amount / _GIB for kind, amount in estimate.items()}
+
+
+def _step_bytes(config: TrainConfig, shape: Any, tokens: int, width: int, on_gpu: bool) -> dict[str, float]:
+    """Of each kind at the moment of a micro-batch of `tokens` tokens that takes most: what comes and goes with it.
+
+    The target's pass ends before the drafter's begins; the loss is taken, and differentiated to the hidden states and
+    the head, while all that the blocks keep is there; then block after block is differentiated.
+    """
+    train = config.train
+    target = config.target if needs_target(config.objective) else None
+    rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), tokens)
+    head_gradient = 4 * shape.vocab_size * shape.hidden_size
+    kept, differentiated = activation_bytes(
+        shape, width, checkpointing=train.gradient_checkpointing, compiled=train.compile is True
+    )
+    moments = [
+        {
+            "activations": tokens * kept,
+            "logit chunks": 4 * shape.vocab_size * (2 if target else 1) * rows + head_gradient,
+        },
+        {"activations": tokens * differentiated, "logit chunks": head_gradient},
+    ]
+    if target is not None:
+        states, block = _target_activation_bytes(target, tokens)
+        moments = [moment | {"target activations": states} for moment in moments]
+        moments.append({"target activations": states + block})
+    return max(moments, key=lambda moment: sum(moment.values()))
 
 
 def _gradient_width(deepspeed: dict[str, Any], width: int) -> int:
@@ -121,12 +141,13 @@ def _on_their_way(deepspeed: dict[str, Any], shape: Any, drafter: int, width: in
     return buckets * staged * (size if on_gpu else filled) + sent_width * sent
 
 
-def activation_bytes(shape: Any, width: int, *, checkpointing: bool = False) -> int:
-    """Bytes a token that a Llama's blocks keep for their backward pass, in numbers of `width` bytes, and its gradients.
+def activation_bytes(shape: Any, width: int, *, checkpointing: bool = False, compiled: bool = False) -> tuple[int, int]:
+    """Bytes a token, in numbers of `width` bytes: what a Llama's blocks keep for their backward pass; the most then.
 
     With an attention that stores no matrix of scores. RMSNorm computes in fp32 and keeps its input so, whatever the
-    precision. While one block is differentiated its gradients, or with checkpointing what is computed again, take about
-    what it kept.
+    precision; compiled, it takes that again from what the block before gave. The backward pass begins with the last
+    block, when the final norm's share is gone: with checkpointing that block is computed again and keeps everything,
+    otherwise the gradients of its MLP come on top.
     """
     hidden, mlp = shape.hidden_size, shape.intermediate_size
     head = getattr(shape, "head_dim", None) or hidden // shape.num_attention_heads
@@ -134,14 +155,14 @@ def activation_bytes(shape: Any, width: int, *, checkpointing: bool = False) -> 
     norm = 4 * hidden + 2 * width * hidden  # its input in fp32; normalised, and times its weight
     attention = width * (2 * queries + 2 * keys)  # queries and their outputs, keys and values
     block = 2 * norm + attention + 4 * width * mlp  # gate before and after SiLU, up, and their product
-    kept = width * hidden if checkpointing else block
-    return int(shape.num_hidden_layers * kept + norm + block)
+    if compiled:
+        block -= 2 * 4 * hidden
+    blocks = shape.num_hidden_layers * (width * hidden if checkpointing else block)
+    return blocks + norm, blocks + (block if checkpointing else 2 * width * mlp)
 
 
-def _target_bytes(
-    section: TargetSection, tokens: int, world_size: int, on_gpu: bool
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Of each kind: what stays on a rank, and what comes with a step over `tokens` tokens of each rank."""
+def _target_bytes(section: TargetSection, world_size: int, on_gpu: bool) -> dict[str, float]:
+    """Of each kind that stays on a rank."""
     target = read_target_config(section)
     size, whole = DTYPES[section.precision].itemsize, target_bytes(section)
     holders = {"replicate": 1, "zero3": world_size, "tp": section.tp_size}[section.sharding]
@@ -151,10 +172,17 @@ def _target_bytes(
     if section.sharding == "zero3":
         # One calculates; those that DeepSpeed's prefetch bucket holds are gathered meanwhile.
         stays["target layers gathered"] = (1 + ZERO3_AHEAD) * whole / target.num_hidden_layers
+    return stays
+
+
+def _target_activation_bytes(section: TargetSection, tokens: int) -> tuple[int, int]:
+    """Of the target over a micro-batch of `tokens` tokens: its last hidden states, and the block that is alive."""
+    target = read_target_config(section)
+    size = DTYPES[section.precision].itemsize
     mlp = getattr(target, "intermediate_size", 4 * target.hidden_size)
     together = section.tp_size if section.sharding == "tp" else 1  # a group's sequences
-    a_block = size * together * tokens * (2 * target.hidden_size + 3 * mlp)  # one is alive at a time
-    return stays, {"target activations": a_block}
+    states = size * tokens * target.hidden_size
+    return states, size * together * tokens * (2 * target.hidden_size + 3 * mlp)
 
 
 def check_fit(estimate: dict[str, float], available: float) -> None:

@@ -15,20 +15,6 @@ from dist_train.train.batch import DeviceBatch
 
 LossFunction = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
 
-# Logits of a run on one rank from which compiling the loss saves more time than it takes: a minute of it at 10 ns a
-# logit on a CPU, and at 0.1 ns on a GPU.
-_WORTH_COMPILING = {"cpu": 1e10, "cuda": 5e11}
-
-
-def compiles(wanted: Compile, logits: float, device: torch.device) -> Compile:
-    """How a run that goes through so many logits on a rank takes its loss: eager, compiled where it can be, or surely.
-
-    Known before the run begins and the same whenever it goes on.
-    """
-    if wanted != "auto":
-        return wanted
-    return "auto" if logits >= _WORTH_COMPILING["cpu" if device.type == "cpu" else "cuda"] else False
-
 
 class Objective:
     """Loss names and weights, the options of each, and TVD++'s memory of the batch before.

@@ -24,13 +24,14 @@ from dist_train.runtime.process_group import Runtime, set_seed, started
 from dist_train.runtime.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
 from dist_train.tokenizer import Tokenizer
 from dist_train.train.checkpoint import Checkpoints
+from dist_train.train.compiling import compiles_blocks, compiles_loss
 from dist_train.train.engine import build_engine, deepspeed_config, own_clipping, zero_stage
 from dist_train.train.held_out import HeldOut
 from dist_train.train.lease import Lease
 from dist_train.train.left_out import LossGuard, StepControl
 from dist_train.train.loop import Training
 from dist_train.train.metrics import Metrics, rank_log_file
-from dist_train.train.objective import Objective, compiles
+from dist_train.train.objective import Objective
 from dist_train.train.on_policy import OnPolicy
 from dist_train.train.state import DrafterState
 from dist_train.train.timing import Phases, throughput
@@ -173,12 +174,13 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
     drafter = TrainableDrafter(
         model,
         gradient_checkpointing=config.train.gradient_checkpointing,
-        compiled=config.train.compile,
+        compiled=compiles_blocks(config, model.config.vocab_size, runtime),
         attention=config.drafter.attention,
     )
     engine = build_engine(drafter, config.train, runtime)
-    compile = compiles(config.loss.compile, _logits(config, model.config.vocab_size, runtime), runtime.device)
-    objective = Objective(config.objective, config.loss, target, compile)
+    objective = Objective(
+        config.objective, config.loss, target, compiles_loss(config, model.config.vocab_size, runtime)
+    )
     work = throughput(config, model, target, runtime)
     return Training(
         config=config,
@@ -211,12 +213,6 @@ def _loader(config: TrainConfig, rank: int, world_size: int) -> TokenLoader:
         world_size=world_size,
         separate_documents=config.data.separate_documents,
     )
-
-
-def _logits(config: TrainConfig, vocab_size: int, runtime: Runtime) -> float:
-    """How many of the drafter's a rank goes through in the whole run, masked positions included."""
-    tokens = config.train.steps * config.train.global_batch * config.data.sequence_length
-    return tokens * vocab_size / runtime.world_size
 
 
 def _shape(config: TrainConfig, tokenizer: Tokenizer) -> Any:
@@ -264,7 +260,8 @@ def _introduce(training: Training, resumed: bool) -> None:
         f"objective {', '.join(f'{weight:g} {loss}' for loss, weight in config.objective.items())}, "
         f"{runtime.world_size} rank{'s' if runtime.world_size > 1 else ''} on {runtime.device.type}, "
         f"{config.train.deepspeed}, {config.train.precision}, "
-        f"loss {'compiled' if training.objective.compile else 'eager'}; "
+        f"loss {'compiled' if training.objective.compile else 'eager'}"
+        f"{', blocks compiled' if training.module.compiled else ''}; "
         + (f"resuming at step {training.step}" if resumed else f"{config.train.steps} steps")
         + f" of {config.train.global_batch} x {config.data.sequence_length} tokens",
         flush=True,

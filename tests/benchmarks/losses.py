@@ -354,7 +354,7 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if arguments.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"torch {torch.__version__}, {machine}, {arguments.dtype}, drafter {arguments.drafter_hidden} wide, ", end="")
     print(f"target {arguments.target_hidden} wide; ratios are of the compiled loss over each\n")
-    print("| N | V | loss | path | first | seconds | MiB | time ratio | memory ratio |\n|--|--|--|--|--|--|--|--|--|")
+    print("| N | V | loss | path | first s | ms | MiB | time ratio | memory ratio |\n|--|--|--|--|--|--|--|--|--|")
     paths = ("fused", *(arguments.paths or PEERS_OF[arguments.device]))
     for vocab in arguments.vocab:
         for rows in arguments.rows:
@@ -369,7 +369,7 @@ def main() -> None:
                 groups = [cases] if arguments.device == "cuda" else [[case] for case in cases]
                 held = [mib for group in groups for mib in held_by(group)]
                 for path, (first, least), mib in zip(paths, taken, held, strict=True):
-                    cells = (rows, vocab, name, path, shown(first, ".1f"), shown(least, ".2f"), shown(mib, ".0f"))
+                    cells = (rows, vocab, name, path, shown(first, ".1f"), shown(least and 1e3 * least, ".1f"), shown(mib, ".0f"))
                     ratios = (ratio(taken[0][1], least), ratio(held[0], mib))
                     print(f"| {' | '.join(map(str, (*cells, *ratios)))} |", flush=True)
 

@@ -52,10 +52,11 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, tuple[float,
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{name}: {done.stderr[-2000:]}")
-        told = re.search(r"about ([0-9.]+) GiB a rank", done.stdout)
+        told = re.search(r"about ([0-9.]+) GiB a rank.*the process itself ([0-9.]+)", done.stdout)
         assert told is not None, done.stdout
+        tensors = float(told[1]) - (float(told[2]) if torch.cuda.is_available() else 0)
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        found[name] = (float(told[1]), max(line["perf/memory_gib"] for line in lines))
+        found[name] = (tensors, max(line["perf/memory_gib"] for line in lines))
     return found
 
 
