@@ -74,6 +74,8 @@ class DrafterSection(Section):
     """null: as rope_theta, but for types of a target's that are not of these, such as longrope, which are left out"""
     attention: Attention = "auto"
     """as target.attention"""
+    projected: bool = False
+    """embedding and head begin as the target's, projected on hidden_size dimensions; false: at random"""
 
 
 class SourceSection(Section):
@@ -163,6 +165,13 @@ class TrainSection(Section):
     """leave steps out whose loss is 6 deviations above the last 128 (they are counted and told anyway)"""
 
 
+class RegressionSection(Section):
+    """What a projected drafter learns first: its target's hidden states, projected, without any logits."""
+
+    share: float = Field(default=0.0, ge=0, lt=1)
+    """of the steps; the objective follows. 0: none; above it needs drafter.projected"""
+
+
 class OnPolicySection(Section):
     """Responses that the drafter itself writes, scored by the target (Agarwal et al., 2024, on-policy distillation)."""
 
@@ -222,6 +231,7 @@ class TrainConfig(Section):
     """loss name to weight, for example {ce: 0.5, kld: 0.5}; all but ce need the target"""
     loss: LossSection = LossSection()
     train: TrainSection
+    regression: RegressionSection = RegressionSection()
     on_policy: OnPolicySection = OnPolicySection()
     held_out: HeldOutSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
@@ -234,6 +244,16 @@ class TrainConfig(Section):
             raise ValueError(
                 f"held_out.gammas: {longest} is no window of data.sequence_length {self.data.sequence_length}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _projected_from_something(self) -> TrainConfig:
+        if self.drafter.projected and self.drafter.init_from is not None:
+            raise ValueError("drafter.projected: a drafter that drafter.init_from names has its own head; keep one")
+        if self.drafter.projected and (self.target is None or set(self.objective) == {"ce"}):
+            raise ValueError("drafter.projected needs target.path, and a loss besides ce")
+        if self.regression.share and not self.drafter.projected:
+            raise ValueError("regression.share needs drafter.projected=true, whose head the projected states belong to")
         return self
 
     @field_validator("objective")

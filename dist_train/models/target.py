@@ -75,6 +75,14 @@ class Target:
         if section.compile:  # last, so that nothing is compiled for the short sequences of the checks
             compile_blocks(self._decoder)
 
+    def embedding(self) -> Tensor:
+        """That of the input, [V, E], whole on every rank. Collective."""
+        from deepspeed.runtime.zero import GatheredParameters
+
+        weight = self._decoder.get_input_embeddings().weight
+        with GatheredParameters([weight] if hasattr(weight, "ds_id") else []):
+            return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach().clone()
+
     def is_same(self, identity: dict[str, Any]) -> bool:
         """Whether a stored `identity` is of this target: all equal, and its logits of the probe, which every weight has
         a part in, as near as another sharding would leave them.

@@ -116,7 +116,8 @@ class Training:
                 first = self.step * self.config.train.global_batch + self.runtime.rank * len(batches)
                 batches = [self.on_policy.rewrite(self.module, b, first + i) for i, b in enumerate(batches)]
         num_positions = self.runtime.sum(self._on_device([sum(batch.unmasked for batch in batches)]))[0]
-        if objective.needs_batch_mu and objective.batch_mu is None:
+        regresses = objective.regresses(self.step)
+        if objective.needs_batch_mu and objective.batch_mu is None and not regresses:
             objective.observe(self._measure_mu(batches, num_positions))
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, self.config.train)
@@ -126,7 +127,10 @@ class Training:
             with self.phases("target"):
                 hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
             with self.phases("drafter"), reducing(engine, is_last=batch is batches[-1]):
-                loss_function = objective.loss(batch, hidden, num_positions)
+                if regresses and hidden is not None:
+                    loss_function = objective.regression_loss(hidden)
+                else:
+                    loss_function = objective.loss(batch, hidden, num_positions)
                 loss, statistics = engine(batch.input_ids, batch.positions, loss_function, batch.documents)
                 # The engine averages over micro-batches and ranks; this loss is already its share of the global mean.
                 engine.backward(loss * (len(batches) * self.runtime.world_size))
@@ -147,7 +151,7 @@ class Training:
         norm = engine.get_global_grad_norm() if self.control.norm is None else self.control.norm
         if norm is not None:
             values["train/grad_norm"] = torch.as_tensor(norm, dtype=torch.float64, device=self.runtime.device)
-        if target:
+        if target and not regresses:
             objective.observe(means.pop("mu"))
             values |= {f"train/{name}": value for name, value in means.items()}
         return values

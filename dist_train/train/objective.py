@@ -12,6 +12,7 @@ from dist_train.config import LossSection
 from dist_train.losses import STATISTICS, Compile, Head, linear_divergence
 from dist_train.models.target import Target
 from dist_train.train.batch import DeviceBatch
+from dist_train.train.beginning import Regression
 
 LossFunction = Callable[[Tensor, Head], tuple[Tensor, Tensor]]
 
@@ -25,9 +26,15 @@ class Objective:
     """
 
     def __init__(
-        self, terms: dict[str, float], loss: LossSection, target: Target | None, compile: Compile = False
+        self,
+        terms: dict[str, float],
+        loss: LossSection,
+        target: Target | None,
+        compile: Compile = False,
+        regression: Regression | None = None,
     ) -> None:
         self.terms, self.target, self.compile = terms, target, compile
+        self.regression = regression
         self.needs_batch_mu = "tvdpp" in terms and loss.tvdpp_normalize == "batch"
         self.batch_mu: Tensor | None = None
         self._chunk_size = loss.chunk_size
@@ -67,6 +74,21 @@ class Objective:
             )
             means = torch.stack([getattr(output, name).detach().double() for name in STATISTICS])
             return output.loss, means * output.positions
+
+        return loss_function
+
+    def regresses(self, step: int) -> bool:
+        """Whether optimizer step `step`, counted from 0, learns hidden states in place of the losses."""
+        return self.regression is not None and step < self.regression.steps
+
+    def regression_loss(self, target_hidden: Tensor) -> LossFunction:
+        """The regression on `target_hidden` [B, T, E], called like `loss`; its statistics are 0."""
+        assert self.regression is not None
+        regression = self.regression
+
+        def loss_function(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor]:
+            nothing = torch.zeros(len(STATISTICS), dtype=torch.float64, device=hidden.device)
+            return regression.loss(hidden, head, target_hidden), nothing
 
         return loss_function
 

@@ -23,6 +23,7 @@ from dist_train.runtime.faults import fault_kind
 from dist_train.runtime.process_group import Runtime, set_seed, started
 from dist_train.runtime.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
 from dist_train.tokenizer import Tokenizer
+from dist_train.train.beginning import begin_projected
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.compiling import compiles_blocks, compiles_loss
 from dist_train.train.engine import build_engine, deepspeed_config, own_clipping, zero_stage
@@ -171,6 +172,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
         model = load_drafter(config.drafter.init_from, config=_warm(config))
     else:
         model = new_drafter(_shape(config, tokenizer), config.run.seed)
+    regression = begin_projected(model, config, target, runtime) if config.drafter.projected and target else None
     drafter = TrainableDrafter(
         model,
         gradient_checkpointing=config.train.gradient_checkpointing,
@@ -179,7 +181,11 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
     )
     engine = build_engine(drafter, config.train, runtime)
     objective = Objective(
-        config.objective, config.loss, target, compiles_loss(config, model.config.vocab_size, runtime)
+        config.objective,
+        config.loss,
+        target,
+        compiles_loss(config, model.config.vocab_size, runtime),
+        regression if config.regression.share else None,
     )
     work = throughput(config, model, target, runtime)
     return Training(

@@ -369,7 +369,15 @@ def main() -> None:
                 groups = [cases] if arguments.device == "cuda" else [[case] for case in cases]
                 held = [mib for group in groups for mib in held_by(group)]
                 for path, (first, least), mib in zip(paths, taken, held, strict=True):
-                    cells = (rows, vocab, name, path, shown(first, ".1f"), shown(least and 1e3 * least, ".1f"), shown(mib, ".0f"))
+                    cells = (
+                        rows,
+                        vocab,
+                        name,
+                        path,
+                        shown(first, ".1f"),
+                        shown(least and 1e3 * least, ".1f"),
+                        shown(mib, ".0f"),
+                    )
                     ratios = (ratio(taken[0][1], least), ratio(held[0], mib))
                     print(f"| {' | '.join(map(str, (*cells, *ratios)))} |", flush=True)
 
