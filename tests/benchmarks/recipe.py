@@ -1,0 +1,346 @@
+"""Recipes for a drafter at equal compute: the paper's against those that begin as a projection of the target.
+
+    python tests/benchmarks/recipe.py --target MODEL --data DIR --out DIR --seconds 150 --seeds 3
+
+MODEL is a real chat model (SmolLM2-135M-Instruct as GGUF, say), DIR/instructions.{train,eval}.jsonl.gz hold records
+{task, prompt, response}. Every recipe is a difference of `Recipe` and gets so many seconds of one thread for its
+training, on the same answers and the same cached hidden states of the target, whose making no recipe is charged for.
+Started again, it goes on with what is missing: answers, states, and cells (a recipe, a seed).
+
+Block efficiency is worked out, not sampled: the held-out answers are the target's own, and on such a path a draft is
+accepted with probability min(1, p(x) / q(x)), greedily where it is the drafter's best token. From these chances the
+expected number of calls of the target follows for any gamma. 95 % intervals: prompts and seeds drawn again 2,000 times,
+the same for both recipes of a ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from alignment import TASKS
+from recipe_material import LENGTH, SERVED, Material, make
+from torch import Tensor
+from transformers import LlamaConfig
+
+from dist_train.config import LossSection
+from dist_train.losses import Head
+from dist_train.models.drafter import TrainableDrafter, new_drafter
+from dist_train.models.projection import project_embedding, project_head, reach, second_moment
+from dist_train.train.batch import DeviceBatch
+from dist_train.train.beginning import Regression
+from dist_train.train.objective import Objective
+
+GAMMAS, ROWS = (3, 5), 4
+MASKED_TEXT = 0.1  # of the rows of distillation, the paper's 9:1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Shares of the time in order: cross-entropy on text, regression on hidden states, the objective on answers."""
+
+    pretrain: float = 0.0
+    regression: float = 0.5
+    projected: bool = True
+    objective: str = "kld"
+    rate: float = 3e-3
+    width: int = 256
+    layers: int = 2
+
+
+PAPER = Recipe(pretrain=0.5, regression=0.0, projected=False, objective="tvdpp")
+OURS = Recipe()
+RECIPES = {
+    "paper": PAPER,
+    "ours": OURS,
+    "ours, no regression": replace(OURS, regression=0.0),
+    "ours, no projection": replace(OURS, regression=0.0, projected=False),
+    "ours, tvdpp": replace(OURS, objective="tvdpp"),
+    "ours, text first": replace(OURS, pretrain=0.25, regression=0.25),
+    "ours, regression 0.8": replace(OURS, regression=0.8),
+    "paper, rate 1e-3": replace(PAPER, rate=1e-3),
+    "ours, rate 1e-3": replace(OURS, rate=1e-3),
+    "paper, kld": replace(PAPER, objective="kld"),
+    "ours, 128 wide": replace(OURS, width=128),
+    "ours, 384 wide": replace(OURS, width=384),
+    "ours, 1 layer": replace(OURS, layers=1),
+    "ours, 4 layers": replace(OURS, layers=4),
+}
+
+
+# -- training ---------------------------------------------------------------------------------------------------
+
+
+def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tuple[Any, dict[str, float]]:
+    """A drafter, and what its training took: steps and tokens of each phase, FLOPs."""
+    target = material.config
+    config = LlamaConfig(
+        vocab_size=target.vocab_size,
+        hidden_size=recipe.width,
+        intermediate_size=recipe.width * 11 // 4,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.width // 64,
+        max_position_embeddings=target.max_position_embeddings,
+        rope_parameters=target.rope_parameters,
+    )
+    model: Any = new_drafter(config, seed)
+    compile_losses(recipe, model, material)
+    began = time.perf_counter()  # projecting is part of the recipe
+    regression = None
+    if recipe.projected:
+        projection = project_head(
+            material.head, second_moment([material.states[:64][material.mask[:64]]]), recipe.width
+        )
+        with torch.no_grad():
+            model.lm_head.weight.copy_(projection.head)
+            model.model.embed_tokens.weight.copy_(project_embedding(material.embedding, recipe.width, 0.02))
+        regression = Regression(projection.states, 1, ROWS * LENGTH)
+    drafter = TrainableDrafter(model)
+    holder: Any = SimpleNamespace(head=material.head)
+    phases = {
+        "pretrain": (recipe.pretrain, Objective({"ce": 1.0}, LossSection(), None, compile=True)),
+        "regression": (recipe.regression, Objective({"kld": 1.0}, LossSection(), holder, regression=regression)),
+        "distil": (
+            1 - recipe.pretrain - recipe.regression,
+            Objective({recipe.objective: 1.0}, LossSection(), holder, compile=True),
+        ),
+    }
+    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
+    others = [weight for weight in model.parameters() if weight.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    rng = np.random.default_rng(seed)
+    figures: dict[str, float] = {}
+    ended = time.perf_counter() - began
+    for name, (share, objective) in phases.items():
+        first, steps = ended, 0
+        last = seconds if name == "distil" else ended + share * seconds
+        while share and ended < last:
+            # Each phase of the paper's has a schedule of its own; regression and what follows share one.
+            whole = (first, last) if recipe.pretrain else (0.0, seconds)
+            progress = (ended - whole[0]) / (whole[1] - whole[0])
+            for group in optimizer.param_groups:
+                group["lr"] = (
+                    recipe.rate * min(1.0, progress / 0.05 + 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress))
+                )
+            batch, states = next_batch(material, rng, text=1.0 if name == "pretrain" else MASKED_TEXT)
+            loss_function = (
+                objective.regression_loss(states)
+                if name == "regression"
+                else objective.loss(batch, None if name == "pretrain" else states, max(batch.unmasked, 1))
+            )
+            loss, _ = drafter(batch.input_ids, batch.positions, loss_function)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            steps += 1
+            figures[f"{name}_trained"] = figures.get(f"{name}_trained", 0.0) + batch.unmasked
+            ended = time.perf_counter() - began
+        figures[f"{name}_steps"], figures[f"{name}_loss"] = steps, float(loss.detach()) if steps else math.nan
+    figures["flops"] = flops(figures, config, target.hidden_size)
+    return model.eval(), figures
+
+
+def compile_losses(recipe: Recipe, model: Any, material: Material) -> None:
+    """Those that the recipe takes, before its time begins: a run of hours would not notice."""
+    holder: Any = SimpleNamespace(head=material.head)
+    hidden, mask = torch.zeros(1, 8, recipe.width), torch.ones(1, 8, dtype=torch.bool)
+    labels = torch.zeros(1, 8, dtype=torch.long)
+    batch: Any = DeviceBatch(labels, labels, mask, labels, None, 8)  # type: ignore[arg-type]
+    states = torch.zeros(1, 8, material.head.weight.shape[1])
+    Objective({recipe.objective: 1.0}, LossSection(), holder, compile=True).loss(batch, states, 8)(
+        hidden, Head(model.lm_head.weight)
+    )
+    if recipe.pretrain:
+        Objective({"ce": 1.0}, LossSection(), None, compile=True).loss(batch, None, 8)(
+            hidden, Head(model.lm_head.weight)
+        )
+
+
+def flops(figures: dict[str, float], shape: Any, wide: int) -> float:
+    """Of the training: passes of the drafter's layers, and products with the two heads at trained positions."""
+    d, v = shape.hidden_size, shape.vocab_size
+    layers = shape.num_hidden_layers * (4 * d * d + 3 * d * shape.intermediate_size)
+    steps = sum(figures[f"{name}_steps"] for name in ("pretrain", "regression", "distil"))
+    ours = 6 * d * v * (figures.get("pretrain_trained", 0) + figures.get("distil_trained", 0))
+    theirs = 2 * wide * v * figures.get("distil_trained", 0)
+    return (
+        6 * layers * steps * ROWS * LENGTH + ours + theirs + 2 * wide * d * figures["regression_steps"] * ROWS * LENGTH
+    )
+
+
+def next_batch(material: Material, rng: np.random.Generator, text: float) -> tuple[DeviceBatch, Tensor]:
+    """Rows at random, so many of them text in the mean, and the target's states there (of text alone: zeros)."""
+    number = rng.binomial(ROWS, text)
+    some = torch.from_numpy(rng.integers(0, len(material.ids), ROWS - number))
+    known = len(material.text) if text == 1 else len(material.text_states)
+    texts = torch.from_numpy(rng.integers(0, known, number))
+    ids = torch.cat([material.ids[some], material.text[texts]])
+    answers = torch.cat([material.mask[some], torch.ones(number, LENGTH, dtype=torch.bool)])
+    mask = torch.zeros_like(answers)
+    mask[:, :-1] = answers[:, 1:]  # a position is trained if the next token is an answer's
+    labels = torch.zeros_like(ids)
+    labels[:, :-1] = ids[:, 1:]
+    positions = torch.arange(LENGTH).expand(ROWS, LENGTH)
+    states = torch.zeros(0)
+    if text != 1:
+        states = torch.cat([material.states[some], material.text_states[texts]]).float()
+    documents: Any = None
+    return DeviceBatch(ids, labels, mask, positions, documents, int(mask.sum())), states
+
+
+# -- block efficiency -------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def chances(model: Any, material: Material) -> Iterator[tuple[str, float, list[list[float]]]]:
+    """(task, temperature, the chance of each token of each answer that its draft is accepted)."""
+    head = Head(model.lm_head.weight)
+    for (task, temperature), (rows, log_q) in material.held_out.items():
+        found = []
+        for (prompt, answer), logs in zip(rows, log_q, strict=True):
+            ids = torch.tensor([[*prompt, *answer]])
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
+            logits, said = head.logits(hidden), torch.tensor(answer)
+            if temperature == 0:
+                found.append((logits.argmax(-1) == said).double().tolist())
+            else:
+                log_p = (logits / temperature).log_softmax(-1).gather(1, said[:, None])[:, 0]
+                found.append((log_p - logs).clamp(max=0).exp().tolist())
+        yield task, temperature, found
+
+
+def calls(accepted: list[float], gamma: int) -> float:
+    """The expected number of the target's calls that a text takes whose drafts are accepted with these chances."""
+    needed = [0.0] * (len(accepted) + gamma + 2)
+    for start in reversed(range(len(accepted))):
+        alive, total = 1.0, 1.0
+        for k in range(gamma):
+            chance = accepted[start + k] if start + k < len(accepted) else 1.0
+            total += alive * (1 - chance) * needed[start + k + 1]
+            alive *= chance
+        needed[start] = total + alive * needed[start + gamma + 1]
+    return needed[0]
+
+
+def cell(name: str, seed: int, options: argparse.Namespace) -> None:
+    """Train and measure one recipe once; kept as JSON, and of the first seed the drafter, too."""
+    path = options.out / "cells" / f"{name}-{seed}-{options.seconds:g}.json"
+    if path.exists():
+        return
+    torch.set_num_threads(1)
+    material = make(options.target, options.data, options.out / "material", options.answers, options.held_out)
+    model, figures = train(RECIPES[name], material, seed, options.seconds)
+    if seed == 0:
+        model.save_pretrained(options.out / "drafters" / name)
+    found: dict[str, list[list[float]]] = {}
+    for task, temperature, accepted in chances(model, material):
+        for gamma in GAMMAS:
+            key = f"{task}, gamma {gamma}, T {temperature:g}"
+            found[key] = [[len(one), calls(one, gamma)] for one in accepted if one]
+        every = np.concatenate(accepted)
+        figures[f"acceptance, {task}, T {temperature:g}"] = float(every.mean())
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"figures": figures, "found": found}))
+    print(f"{name}, seed {seed}: { ({k: round(v, 4) for k, v in figures.items()}) }", flush=True)
+
+
+# -- tables -----------------------------------------------------------------------------------------------------
+
+
+def table(names: list[str], options: argparse.Namespace) -> None:
+    """Block efficiency of each recipe and its ratio to the first, with intervals; then what each took."""
+    read = {
+        (name, seed): json.loads((options.out / "cells" / f"{name}-{seed}-{options.seconds:g}.json").read_text())
+        for name in names
+        for seed in range(options.seeds)
+    }
+    rng = np.random.default_rng(0)
+    for task in TASKS:
+        keys = [f"{task}, gamma {gamma}, T {temperature:g}" for gamma in GAMMAS for temperature in SERVED]
+        print(f"\n| {task} | {' | '.join(key.split(', ', 1)[1] for key in keys)} |\n|--|{'--|' * len(keys)}")
+        drawn = {}
+        for name in names:
+            cells = []
+            for key in keys:
+                counts = np.array([read[name, seed]["found"][key] for seed in range(options.seeds)])  # [R, prompts, 2]
+                if key not in drawn:
+                    size = (2000, counts.shape[1])
+                    drawn[key] = (rng.integers(0, options.seeds, (2000, options.seeds)), rng.integers(0, size[1], size))
+                draws = [counts[s][:, p].sum((0, 1)) for s, p in zip(*drawn[key], strict=True)]
+                again = np.array(draws)[:, 0] / np.array(draws)[:, 1]
+                tau = counts[..., 0].sum() / counts[..., 1].sum()
+                if name == names[0]:
+                    drawn[key + " first"] = (tau, again)
+                first, others = drawn[key + " first"]
+                low, high = np.percentile(again, [2.5, 97.5])
+                text = f"{tau:.3f} [{low:.3f}, {high:.3f}]"
+                if name != names[0]:
+                    low, high = np.percentile(again / others - 1, [2.5, 97.5])
+                    text += f"; {100 * (tau / first - 1):+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
+                cells.append(text)
+            print(f"| {name} | {' | '.join(cells)} |")
+    print("\n| recipe | steps: text, regression, objective | TFLOP |\n|--|--|--|")
+    for name in names:
+        found = [read[name, seed]["figures"] for seed in range(options.seeds)]
+        steps = (np.mean([f[f"{phase}_steps"] for f in found]) for phase in ("pretrain", "regression", "distil"))
+        took = np.mean([f["flops"] for f in found]) / 1e12
+        print(f"| {name} | {', '.join(f'{step:.0f}' for step in steps)} | {took:.1f} |")
+
+
+def reaches(options: argparse.Namespace) -> None:
+    """What a head of each width could reach, on states that it was not made for."""
+    material = make(options.target, options.data, options.out / "material", options.answers, options.held_out)
+    rows = len(material.ids) // 2
+    moment = second_moment([material.states[:rows][material.mask[:rows]]])
+    states = material.states[rows:][material.mask[rows:]][:4096].float()
+    print("\n| width | acceptance of a perfect head | equal best tokens |\n|--|--|--|")
+    for width in (64, 128, 256, 384, 576):
+        accepted, equal = reach(material.head, project_head(material.head, moment, width), states)
+        print(f"| {width} | {accepted:.3f} | {equal:.3f} |")
+
+
+def main() -> None:
+    """Reads what to run, runs what is missing, prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, default=150)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--answers", type=int, default=1024)
+    parser.add_argument("--held-out", type=int, default=96)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=["paper", "ours"])
+    parser.add_argument("--reach", action="store_true", help="only what a head of each width could reach")
+    options = parser.parse_args()
+    make(options.target, options.data, options.out / "material", options.answers, options.held_out)
+    if options.reach:
+        reaches(options)
+        return
+    cells = [(name, seed) for seed in range(options.seeds) for name in options.recipes]
+    with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+        list(pool.map(partial(_cell, options=options), cells))
+    table(options.recipes, options)
+
+
+def _cell(named: tuple[str, int], options: argparse.Namespace) -> None:
+    cell(*named, options)
+
+
+if __name__ == "__main__":
+    main()
