@@ -88,8 +88,13 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         _run_plan,
     )
     parser.add_argument("words", nargs="*", metavar="CONFIG.yaml | section.key=value", help="as for the stage itself")
-    parser.add_argument("--gpus", type=processes, required=True, metavar="N")
-    parser.add_argument("--gpu", choices=("h100", "h200", "a100"), required=True)
+    parser.add_argument("--gpus", type=processes, metavar="N")
+    parser.add_argument("--gpu", choices=("h100", "h200", "a100"))
+    parser.add_argument(
+        "--suggest",
+        action="store_true",
+        help="instead, load the target here and tell which width and depth of a drafter can pay",
+    )
     parser.add_argument("--stage", choices=_PLANNED, help="if the configuration's sections do not tell")
     parser.add_argument("--gpus-per-node", type=processes, default=8, metavar="G", help="default 8")
     parser.add_argument("--mfu", type=float, help="share of the peak that the drafter's passes reach")
@@ -108,6 +113,11 @@ def _run_plan(options: argparse.Namespace) -> None:
     if stage.name not in _PLANNED:
         raise UserError(f"{stage.name} is not planned, {', '.join(_PLANNED)} are; --stage names one")
     config = stage.read(options.words)
+    if options.suggest:
+        _suggest(stage, config)
+        return
+    if options.gpus is None or options.gpu is None:
+        raise UserError("plan needs --gpus N and --gpu KIND, or --suggest")
     machine = plan.Machine(plan.GPUS[options.gpu], options.gpus, options.gpus_per_node)
     if options.network is not None:
         machine = replace(machine, gpu=replace(machine.gpu, network=_above_0("--network", options.network) * 1e9))
@@ -120,6 +130,16 @@ def _run_plan(options: argparse.Namespace) -> None:
             config = _with_llama(config, options, Path(folder))
         made = _plan_stage(stage, config, machine, assumed, options)
     print(plan.render(made), end="")
+
+
+def _suggest(stage: Stage, config: Any) -> None:
+    from dist_train.plan.suggest import report, suggest
+    from dist_train.runtime.process_group import started
+
+    if stage.name not in ("pretrain", "distill"):
+        raise UserError(f"--suggest is about a drafter to be trained; {stage.name} trains none")
+    with started() as runtime:
+        print(report(suggest(resolved(config), runtime)))
 
 
 def _plan_stage(stage: Stage, config: Any, machine: Any, assumed: Any, options: argparse.Namespace) -> Any:

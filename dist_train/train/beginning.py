@@ -50,7 +50,7 @@ def begin_projected(model: Any, config: TrainConfig, target: Target, runtime: Ru
     """
     width = model.config.hidden_size
     with phase("projecting the target's head"):
-        moment = second_moment(_states(config, target, runtime))
+        moment = second_moment(target_states(config, target, runtime, _STATES_A_DIMENSION * target.config.hidden_size))
         projection = project_head(target.head, moment, width)
         model.get_output_embeddings().weight.copy_(projection.head)
         if not model.config.tie_word_embeddings:
@@ -60,10 +60,15 @@ def begin_projected(model: Any, config: TrainConfig, target: Target, runtime: Ru
     return Regression(projection.states, steps, config.train.global_batch * config.data.sequence_length)
 
 
-def _states(config: TrainConfig, target: Target, runtime: Runtime) -> list[Tensor]:
-    """The target's at trained positions of the first samples, [N, E] each; every rank takes the same ones."""
+def target_states(config: TrainConfig, target: Target, runtime: Runtime, number: int) -> list[Tensor]:
+    """The target's hidden states at trained positions of the run's first samples, [N, E] each, `number` at least.
+
+    Fewer where the data have fewer in one epoch. Every rank takes the same ones.
+    """
+    sources = [Source(ShardedTokens(source.path), source.weight, source.epochs) for source in config.data.sources]
+    steps = sum(len(source.corpus) for source in sources) // (config.train.micro_batch * config.data.sequence_length)
     loader = TokenLoader(
-        [Source(ShardedTokens(source.path), source.weight, source.epochs) for source in config.data.sources],
+        sources,
         sequence_length=config.data.sequence_length,
         global_batch=config.train.micro_batch,
         micro_batch=config.train.micro_batch,
@@ -73,7 +78,7 @@ def _states(config: TrainConfig, target: Target, runtime: Runtime) -> list[Tenso
     )
     found: list[Tensor] = []
     step = rows = 0
-    while rows < _STATES_A_DIMENSION * target.config.hidden_size and step < 10_000:
+    while rows < number and step < max(1, steps):
         for host in runtime.everywhere(partial(loader.step, step)):
             batch = on_device(host, runtime.device)
             states = target(batch.input_ids, batch.positions, batch.documents)

@@ -21,7 +21,7 @@ def test_the_regressions_gradient_is_that_of_the_mean_squared_error():
     loss = Regression(states, steps=1, positions=60).loss(hidden, Head(head), target)
     loss.backward()
     error = hidden.detach().double().numpy() - target.double().numpy() @ states.double().numpy().T
-    assert float(loss) == pytest.approx((error**2).mean(-1).sum() / 60, rel=1e-6)
+    assert loss.item() == pytest.approx((error**2).mean(-1).sum() / 60, rel=1e-6)
     np.testing.assert_allclose(hidden.grad.numpy(), 2 * error / 4 / 60, rtol=1e-5, atol=1e-7)
     assert not head.grad.any()
 
