@@ -43,11 +43,11 @@ def write_report(out: Path, seconds: dict[str, float], losses: Sequence[str], *,
     served = read_served(out / "served")
     facts = {
         "caution": REAL_CAUTION if is_real else CAUTION,
-        "findings": [*findings(results, losses), *(gains(served) if is_real else [])],
+        "findings": [*reached(results), *gains(served)] if is_real else findings(results, losses),
         "figures": {
             "Block efficiency on held-out prompts, with 95 % bootstrap intervals": block_efficiency_bars(results, TASK),
             "How many drafted tokens were accepted": accepted_length_histogram(results, TASK, 0.0),
-            "Training": _curves(out, losses),
+            "Training": _curves(out, losses, is_real=is_real),
         },
         "tables": results_tables({**results, "served": served}),
         "samples": _samples(out),
@@ -94,6 +94,16 @@ def findings(results: dict[str, Any], losses: Sequence[str]) -> list[str]:
     return sentences
 
 
+def reached(results: dict[str, Any]) -> list[str]:
+    """Block efficiency of the drafters under each condition."""
+    rows = [(row, row["block_efficiency"]) for row in results["rows"]]
+    return [
+        f"{row['drafter']}: {tau['value']:.2f} [{tau['low']:.2f}, {tau['high']:.2f}] tokens per target call at gamma "
+        f"{row['gamma']}, T {row['temperature']:g}."
+        for row, tau in rows
+    ]
+
+
 def gains(served: Sequence[Mapping[str, Any]]) -> list[str]:
     """How much faster or slower a real server is with the drafter, a sentence for each condition."""
     if not served:
@@ -117,17 +127,22 @@ def _samples(out: Path, count: int = 3) -> list[tuple[str, str]]:
     return [(answer["prompt"], textwrap.shorten(answer["response"], 240, placeholder=" …")) for answer in greedy]
 
 
-def _curves(out: Path, losses: Sequence[str]) -> str:
-    """Loss of target and base drafter over steps; acceptance of the distillations."""
+def _curves(out: Path, losses: Sequence[str], *, is_real: bool) -> str:
+    """Loss of what comes first, pretraining or regression, over steps; acceptance of the distillations."""
     import matplotlib.pyplot as plt
 
     with style():
         figure, (left, right) = plt.subplots(1, 2, figsize=(8.5, 3.2))
-        for name, colour in (("target", "#222222"), ("base", COLOURS[0])):
-            steps, values = _series(out / "runs" / name, "train/loss")
-            if steps:
+        if is_real:
+            for place, loss in enumerate(losses, start=1):
+                steps, values = _series(out / "runs" / loss, "train/loss", without="train/acceptance")
+                left.plot(steps, values, color=COLOURS[place], label=loss, linewidth=1.2)
+            left.set(xlabel="step", ylabel="mean squared error", title="regression of hidden states")
+        else:
+            for name, colour in (("target", "#222222"), ("base", COLOURS[0])):
+                steps, values = _series(out / "runs" / name, "train/loss")
                 left.plot(steps, values, color=colour, label=name, linewidth=1.2)
-        left.set(xlabel="step", ylabel="cross-entropy", title="pretraining")
+            left.set(xlabel="step", ylabel="cross-entropy", title="pretraining")
         left.legend()
         for place, loss in enumerate(losses, start=1):
             steps, values = _series(out / "runs" / loss, "train/acceptance")
@@ -137,9 +152,12 @@ def _curves(out: Path, losses: Sequence[str]) -> str:
         return as_svg(figure)
 
 
-def _series(run: Path, tag: str) -> tuple[list[float], list[float]]:
-    """Steps and values, averaged over ten neighbours: single batches of this size are mostly noise."""
-    points = [(line["step"], line[tag]) for line in read_metrics(run) if tag in line]
+def _series(run: Path, tag: str, without: str | None = None) -> tuple[list[float], list[float]]:
+    """Steps and values, averaged over ten neighbours: single batches of this size are mostly noise.
+
+    `without`: a tag that steps to be shown do not have.
+    """
+    points = [(line["step"], line[tag]) for line in read_metrics(run) if tag in line and without not in line]
     groups = [points[first : first + 10] for first in range(0, len(points), 10)]
     steps = [group[-1][0] for group in groups]
     return steps, [sum(value for _, value in group) / len(group) for group in groups]

@@ -10,7 +10,7 @@ from dist_train.config import TrainConfig
 from dist_train.errors import UserError
 from dist_train.models.drafter import drafter_config
 from dist_train.models.load import read_target_config
-from dist_train.models.projection import project_head, reach, second_moment
+from dist_train.models.projection import measure, project_head, reach
 from dist_train.models.sizes import bytes_read, skeleton
 from dist_train.models.target import Target
 from dist_train.reports.tables import markdown
@@ -58,14 +58,14 @@ def suggest(config: TrainConfig, runtime: Runtime) -> list[Reach]:
     half = len(states) // 2
     if half < wide:
         raise UserError(f"--suggest needs more than {2 * wide} trained positions, data.sources have {len(states)}")
-    moment, tried = second_moment([states[:half]]), states[half:][-_MEASURED:]
+    geometry, tried = measure(target.head, [states[:half]]), states[half:][-_MEASURED:]
     target_bytes = bytes_read(skeleton(read_target_config(config.target)))
     found = []
     for width in sorted({max(32, round(share * wide / 32) * 32) for share in _SHARES if share < 1} | {wide}):
         if width > wide:
             continue
         costs = {layers: _bytes(config, width, layers) / target_bytes for layers in _DEPTHS}
-        found.append(Reach(width, *reach(target.head, project_head(target.head, moment, width), tried), costs))
+        found.append(Reach(width, *reach(target.head, project_head(target.head, geometry, width), tried), costs))
     return found
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from data_shards import ShardedTokens, Source, TokenLoader
 from dist_train.config import TrainConfig
 from dist_train.losses import Head
-from dist_train.models.projection import project_embedding, project_head, second_moment
+from dist_train.models.projection import measure, project_embedding, project_head
 from dist_train.models.target import Target
 from dist_train.runtime.process_group import Runtime
 from dist_train.runtime.progress import phase
 from dist_train.train.batch import on_device
 
-_STATES_A_DIMENSION = 16  # of the target, that its second moment is taken from
+_STATES_A_DIMENSION = 8  # of the target, that its second moment is taken from
 _INITIAL_SIZE = 0.02  # root mean square of an embedding, as transformers draws them
 
 
@@ -46,15 +46,16 @@ class Regression:
 def begin_projected(model: Any, config: TrainConfig, target: Target, runtime: Runtime) -> Regression:
     """Give `model` the target's embedding and head, projected on its width; the same on every rank. Collective.
 
-    The directions are those of the target's hidden states at trained positions of the run's first samples.
+    The directions are those that count in the target's distributions at trained positions of the run's first samples.
     """
     width = model.config.hidden_size
     with phase("projecting the target's head"):
-        moment = second_moment(target_states(config, target, runtime, _STATES_A_DIMENSION * target.config.hidden_size))
-        projection = project_head(target.head, moment, width)
+        states = target_states(config, target, runtime, _STATES_A_DIMENSION * target.config.hidden_size)
+        geometry = measure(target.head, states)
+        projection = project_head(target.head, geometry, width)
         model.get_output_embeddings().weight.copy_(projection.head)
         if not model.config.tie_word_embeddings:
-            embedding = project_embedding(target.embedding(), width, _INITIAL_SIZE)
+            embedding = project_embedding(target.embedding(), geometry.chances, width, _INITIAL_SIZE)
             model.get_input_embeddings().weight.copy_(embedding)
     steps = round(config.regression.share * config.train.steps)
     return Regression(projection.states, steps, config.train.global_batch * config.data.sequence_length)

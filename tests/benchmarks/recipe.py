@@ -39,7 +39,7 @@ from transformers import LlamaConfig
 from dist_train.config import LossSection
 from dist_train.losses import Head
 from dist_train.models.drafter import TrainableDrafter, new_drafter
-from dist_train.models.projection import project_embedding, project_head, reach, second_moment
+from dist_train.models.projection import Geometry, measure, project_embedding, project_head, reach
 from dist_train.train.batch import DeviceBatch
 from dist_train.train.beginning import Regression
 from dist_train.train.objective import Objective
@@ -56,9 +56,13 @@ class Recipe:
     regression: float = 0.5
     projected: bool = True
     objective: str = "kld"
+    last: str | None = None  # the objective of the last fifth of the time, if another
     rate: float = 3e-3
     width: int = 256
     layers: int = 2
+    uniform: bool = False  # the projection is of logits, not of distributions
+    embedding: float = 0.02  # root mean square of the projected one
+    weighting: float = 0.0  # of the regression's dimensions, by this power of what each adds to the logits' variance
 
 
 PAPER = Recipe(pretrain=0.5, regression=0.0, projected=False, objective="tvdpp")
@@ -74,11 +78,34 @@ RECIPES = {
     "paper, rate 1e-3": replace(PAPER, rate=1e-3),
     "ours, rate 1e-3": replace(OURS, rate=1e-3),
     "paper, kld": replace(PAPER, objective="kld"),
+    "ours, uniform projection": replace(OURS, uniform=True),
+    "ours, weighted": replace(OURS, weighting=0.5),
+    "ours, lk": replace(OURS, objective="lk"),
+    "ours, tvd": replace(OURS, objective="tvd"),
+    "ours, rate 6e-3": replace(OURS, rate=6e-3),
+    "paper, rate 6e-3": replace(PAPER, rate=6e-3),
+    "paper, rate 3e-4": replace(PAPER, rate=3e-4),
+    "ours, embedding 0.1": replace(OURS, embedding=0.1, rate=1.5e-3),
+    "ours, rate 1.5e-3": replace(OURS, rate=1.5e-3),
+    "paper, 4 layers": replace(PAPER, layers=4, rate=1e-3),
     "ours, 128 wide": replace(OURS, width=128),
     "ours, 384 wide": replace(OURS, width=384),
     "ours, 1 layer": replace(OURS, layers=1),
-    "ours, 4 layers": replace(OURS, layers=4),
+    "ours, 4 layers": replace(OURS, layers=4, rate=1.5e-3),
+    "ours, 4 layers, embedding 0.1": replace(OURS, layers=4, rate=1.5e-3, embedding=0.1),
+    "ours, 4 layers, kld then lk": replace(OURS, layers=4, rate=1.5e-3, last="lk"),
 }
+
+
+class Weighted(Regression):
+    """Dimensions count by `weights` [d]."""
+
+    weights: Tensor
+
+    def loss(self, hidden: Tensor, head: Head, target_hidden: Tensor) -> Tensor:
+        """As Regression's, of weighted squares."""
+        error = (hidden.float() - target_hidden @ self.states.T).square() * self.weights
+        return error.mean(-1).sum() / self.positions + 0.0 * head.weight[0, 0]
 
 
 # -- training ---------------------------------------------------------------------------------------------------
@@ -101,21 +128,31 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
     began = time.perf_counter()  # projecting is part of the recipe
     regression = None
     if recipe.projected:
-        projection = project_head(
-            material.head, second_moment([material.states[:64][material.mask[:64]]]), recipe.width
-        )
+        geometry = measure(material.head, [material.states[:64][material.mask[:64]].float()])
+        if recipe.uniform:  # every token of the vocabulary counts alike
+            centred = material.head.weight.double() - material.head.weight.mean(0, dtype=torch.float64)
+            alike = torch.full_like(geometry.chances, 1 / len(centred))
+            geometry = Geometry(geometry.moment, centred.T @ centred, alike)
+        projection = project_head(material.head, geometry, recipe.width)
         with torch.no_grad():
             model.lm_head.weight.copy_(projection.head)
-            model.model.embed_tokens.weight.copy_(project_embedding(material.embedding, recipe.width, 0.02))
-        regression = Regression(projection.states, 1, ROWS * LENGTH)
+            embedding = project_embedding(material.embedding, geometry.chances, recipe.width, recipe.embedding)
+            model.model.embed_tokens.weight.copy_(embedding)
+        regression = Weighted(projection.states, 1, ROWS * LENGTH)
+        importance = projection.head.square().mean(0) ** recipe.weighting
+        object.__setattr__(regression, "weights", importance / importance.mean())
     drafter = TrainableDrafter(model)
     holder: Any = SimpleNamespace(head=material.head)
     phases = {
         "pretrain": (recipe.pretrain, Objective({"ce": 1.0}, LossSection(), None, compile=True)),
         "regression": (recipe.regression, Objective({"kld": 1.0}, LossSection(), holder, regression=regression)),
         "distil": (
-            1 - recipe.pretrain - recipe.regression,
+            1 - recipe.pretrain - recipe.regression - (0.2 if recipe.last else 0.0),
             Objective({recipe.objective: 1.0}, LossSection(), holder, compile=True),
+        ),
+        "last": (
+            0.2 if recipe.last else 0.0,
+            Objective({recipe.last or "kld": 1.0}, LossSection(), holder, compile=True),
         ),
     }
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
@@ -127,7 +164,7 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
     ended = time.perf_counter() - began
     for name, (share, objective) in phases.items():
         first, steps = ended, 0
-        last = seconds if name == "distil" else ended + share * seconds
+        last = ended + share * seconds
         while share and ended < last:
             # Each phase of the paper's has a schedule of its own; regression and what follows share one.
             whole = (first, last) if recipe.pretrain else (0.0, seconds)
@@ -162,9 +199,9 @@ def compile_losses(recipe: Recipe, model: Any, material: Material) -> None:
     labels = torch.zeros(1, 8, dtype=torch.long)
     batch: Any = DeviceBatch(labels, labels, mask, labels, None, 8)  # type: ignore[arg-type]
     states = torch.zeros(1, 8, material.head.weight.shape[1])
-    Objective({recipe.objective: 1.0}, LossSection(), holder, compile=True).loss(batch, states, 8)(
-        hidden, Head(model.lm_head.weight)
-    )
+    for name in {recipe.objective, recipe.last or recipe.objective}:
+        loss_function = Objective({name: 1.0}, LossSection(), holder, compile=True).loss(batch, states, 8)
+        loss_function(hidden, Head(model.lm_head.weight))
     if recipe.pretrain:
         Objective({"ce": 1.0}, LossSection(), None, compile=True).loss(batch, None, 8)(
             hidden, Head(model.lm_head.weight)
@@ -175,9 +212,10 @@ def flops(figures: dict[str, float], shape: Any, wide: int) -> float:
     """Of the training: passes of the drafter's layers, and products with the two heads at trained positions."""
     d, v = shape.hidden_size, shape.vocab_size
     layers = shape.num_hidden_layers * (4 * d * d + 3 * d * shape.intermediate_size)
-    steps = sum(figures[f"{name}_steps"] for name in ("pretrain", "regression", "distil"))
-    ours = 6 * d * v * (figures.get("pretrain_trained", 0) + figures.get("distil_trained", 0))
-    theirs = 2 * wide * v * figures.get("distil_trained", 0)
+    steps = sum(figures[f"{name}_steps"] for name in ("pretrain", "regression", "distil", "last"))
+    scored = figures.get("distil_trained", 0) + figures.get("last_trained", 0)
+    ours = 6 * d * v * (figures.get("pretrain_trained", 0) + scored)
+    theirs = 2 * wide * v * scored
     return (
         6 * layers * steps * ROWS * LENGTH + ours + theirs + 2 * wide * d * figures["regression_steps"] * ROWS * LENGTH
     )
@@ -294,10 +332,11 @@ def table(names: list[str], options: argparse.Namespace) -> None:
                     text += f"; {100 * (tau / first - 1):+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
                 cells.append(text)
             print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| recipe | steps: text, regression, objective | TFLOP |\n|--|--|--|")
+    print("\n| recipe | steps: text, regression, objective, last | TFLOP |\n|--|--|--|")
     for name in names:
         found = [read[name, seed]["figures"] for seed in range(options.seeds)]
-        steps = (np.mean([f[f"{phase}_steps"] for f in found]) for phase in ("pretrain", "regression", "distil"))
+        phases = ("pretrain", "regression", "distil", "last")
+        steps = (np.mean([f.get(f"{phase}_steps", 0) for f in found]) for phase in phases)
         took = np.mean([f["flops"] for f in found]) / 1e12
         print(f"| {name} | {', '.join(f'{step:.0f}' for step in steps)} | {took:.1f} |")
 
@@ -306,11 +345,11 @@ def reaches(options: argparse.Namespace) -> None:
     """What a head of each width could reach, on states that it was not made for."""
     material = make(options.target, options.data, options.out / "material", options.answers, options.held_out)
     rows = len(material.ids) // 2
-    moment = second_moment([material.states[:rows][material.mask[:rows]]])
+    geometry = measure(material.head, [material.states[:rows][material.mask[:rows]].float()])
     states = material.states[rows:][material.mask[rows:]][:4096].float()
     print("\n| width | acceptance of a perfect head | equal best tokens |\n|--|--|--|")
     for width in (64, 128, 256, 384, 576):
-        accepted, equal = reach(material.head, project_head(material.head, moment, width), states)
+        accepted, equal = reach(material.head, project_head(material.head, geometry, width), states)
         print(f"| {width} | {accepted:.3f} | {equal:.3f} |")
 
 
