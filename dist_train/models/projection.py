@@ -25,10 +25,23 @@ _MOST_STATES = 16_384  # whose distributions are looked at
 
 @dataclass(frozen=True)
 class Projection:
-    """`head` [V, d] for a drafter, and `states` [d, E], which give its final hidden states from the target's; fp32."""
+    """`head` [V, d] for a drafter, and `states` [d, E], which give its final hidden states from the target's; fp32.
+
+    `costs` [d]: what a squared error of each number of a final hidden state costs, twice the KL divergence.
+    """
 
     head: Tensor
     states: Tensor
+    costs: Tensor
+
+    def weights(self, power: float = 0.5) -> Tensor:
+        """Costs [d] to a power, with a mean of 1, for a regression on the states.
+
+        With 1 its loss is the KL divergence to second order, of which a few numbers have nearly all; the root, found by
+        trial (tests/benchmarks/recipe.py), lets the others be learned, too.
+        """
+        weights = self.costs.clamp_min(0) ** power
+        return weights / weights.mean()
 
 
 @dataclass(frozen=True)
@@ -75,9 +88,10 @@ def project_head(head: Head, geometry: Geometry, width: int) -> Projection:
     values, vectors = torch.linalg.eigh(geometry.moment)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     inverse = vectors * values.clamp_min(values[-1] * 1e-12).rsqrt() @ vectors.T
-    _, basis = torch.linalg.eigh(root @ geometry.fisher @ root)
-    basis = basis[:, -width:].flip(1)
-    return Projection(_projected(head.weight, (root @ basis) * head.scale).float(), (basis.T @ inverse).float())
+    costs, basis = torch.linalg.eigh(root @ geometry.fisher @ root)
+    costs, basis = costs[-width:].flip(0), basis[:, -width:].flip(1)
+    narrow = _projected(head.weight, (root @ basis) * head.scale)
+    return Projection(narrow.float(), (basis.T @ inverse).float(), (costs * head.scale**2).float())
 
 
 @torch.no_grad()

@@ -26,18 +26,20 @@ _INITIAL_SIZE = 0.02  # root mean square of an embedding, as transformers draws 
 class Regression:
     """The first `steps` of a run, in which the drafter learns its target's projected hidden states.
 
-    No product is as wide as the vocabulary: a token costs the drafter's own layers. `states` [d, E] projects; the loss
-    is a mean over the `positions` of a step, those of prompts and padding included, which cost nothing more.
+    No product is as wide as the vocabulary: a token costs the drafter's own layers. `states` [d, E] projects, `weights`
+    [d] say what the numbers count; the loss is a mean over the `positions` of a step, those of prompts and padding
+    included, which cost nothing more.
     """
 
     states: Tensor
+    weights: Tensor
     steps: int
     positions: int
 
     def loss(self, hidden: Tensor, head: Head, target_hidden: Tensor) -> Tensor:
-        """This micro-batch's share of the mean squared error, of `hidden` [B, T, d] and `target_hidden` [B, T, E]."""
+        """This micro-batch's share of the mean, from `hidden` [B, T, d] and `target_hidden` [B, T, E]."""
         wanted = target_hidden.to(self.states.dtype) @ self.states.T
-        error = (hidden.float() - wanted).square().mean(-1).sum() / self.positions
+        error = ((hidden.float() - wanted).square() @ self.weights).sum() / (len(self.weights) * self.positions)
         # Whoever reduces gradients waits for one of every weight.
         return error + 0.0 * head.weight[0, 0]
 
@@ -58,7 +60,9 @@ def begin_projected(model: Any, config: TrainConfig, target: Target, runtime: Ru
             embedding = project_embedding(target.embedding(), geometry.chances, width, _INITIAL_SIZE)
             model.get_input_embeddings().weight.copy_(embedding)
     steps = round(config.regression.share * config.train.steps)
-    return Regression(projection.states, steps, config.train.global_batch * config.data.sequence_length)
+    return Regression(
+        projection.states, projection.weights(), steps, config.train.global_batch * config.data.sequence_length
+    )
 
 
 def target_states(config: TrainConfig, target: Target, runtime: Runtime, number: int) -> list[Tensor]:

@@ -57,55 +57,36 @@ class Recipe:
     projected: bool = True
     objective: str = "kld"
     last: str | None = None  # the objective of the last fifth of the time, if another
-    rate: float = 3e-3
+    rate: float = 1.5e-3
     width: int = 256
-    layers: int = 2
+    layers: int = 1
     uniform: bool = False  # the projection is of logits, not of distributions
     embedding: float = 0.02  # root mean square of the projected one
-    weighting: float = 0.0  # of the regression's dimensions, by this power of what each adds to the logits' variance
+    weighting: float = 0.5  # of the regression's dimensions, by this power of what an error of each costs
 
 
-PAPER = Recipe(pretrain=0.5, regression=0.0, projected=False, objective="tvdpp")
+PAPER = Recipe(pretrain=0.5, regression=0.0, projected=False, objective="tvdpp", rate=1e-3, layers=2)
 OURS = Recipe()
 RECIPES = {
     "paper": PAPER,
+    "paper, 1 layer": replace(PAPER, layers=1),
+    "paper, rate 3e-4": replace(PAPER, rate=3e-4),
+    "paper, rate 3e-3": replace(PAPER, rate=3e-3),
+    "paper, rate 6e-3": replace(PAPER, rate=6e-3),
     "ours": OURS,
     "ours, no regression": replace(OURS, regression=0.0),
     "ours, no projection": replace(OURS, regression=0.0, projected=False),
-    "ours, tvdpp": replace(OURS, objective="tvdpp"),
-    "ours, text first": replace(OURS, pretrain=0.25, regression=0.25),
-    "ours, regression 0.8": replace(OURS, regression=0.8),
-    "paper, rate 1e-3": replace(PAPER, rate=1e-3),
-    "ours, rate 1e-3": replace(OURS, rate=1e-3),
-    "paper, kld": replace(PAPER, objective="kld"),
     "ours, uniform projection": replace(OURS, uniform=True),
-    "ours, weighted": replace(OURS, weighting=0.5),
+    "ours, alike": replace(OURS, weighting=0.0),
+    "ours, tvdpp": replace(OURS, objective="tvdpp"),
     "ours, lk": replace(OURS, objective="lk"),
-    "ours, tvd": replace(OURS, objective="tvd"),
-    "ours, rate 6e-3": replace(OURS, rate=6e-3),
-    "paper, rate 6e-3": replace(PAPER, rate=6e-3),
-    "paper, rate 3e-4": replace(PAPER, rate=3e-4),
-    "ours, embedding 0.1": replace(OURS, embedding=0.1, rate=1.5e-3),
-    "ours, rate 1.5e-3": replace(OURS, rate=1.5e-3),
-    "paper, 4 layers": replace(PAPER, layers=4, rate=1e-3),
+    "ours, regression 0.8": replace(OURS, regression=0.8),
+    "ours, rate 3e-3": replace(OURS, rate=3e-3),
     "ours, 128 wide": replace(OURS, width=128),
     "ours, 384 wide": replace(OURS, width=384),
-    "ours, 1 layer": replace(OURS, layers=1),
-    "ours, 4 layers": replace(OURS, layers=4, rate=1.5e-3),
-    "ours, 4 layers, embedding 0.1": replace(OURS, layers=4, rate=1.5e-3, embedding=0.1),
-    "ours, 4 layers, kld then lk": replace(OURS, layers=4, rate=1.5e-3, last="lk"),
+    "ours, 2 layers": replace(OURS, layers=2),
+    "ours, 4 layers": replace(OURS, layers=4),
 }
-
-
-class Weighted(Regression):
-    """Dimensions count by `weights` [d]."""
-
-    weights: Tensor
-
-    def loss(self, hidden: Tensor, head: Head, target_hidden: Tensor) -> Tensor:
-        """As Regression's, of weighted squares."""
-        error = (hidden.float() - target_hidden @ self.states.T).square() * self.weights
-        return error.mean(-1).sum() / self.positions + 0.0 * head.weight[0, 0]
 
 
 # -- training ---------------------------------------------------------------------------------------------------
@@ -138,9 +119,7 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
             model.lm_head.weight.copy_(projection.head)
             embedding = project_embedding(material.embedding, geometry.chances, recipe.width, recipe.embedding)
             model.model.embed_tokens.weight.copy_(embedding)
-        regression = Weighted(projection.states, 1, ROWS * LENGTH)
-        importance = projection.head.square().mean(0) ** recipe.weighting
-        object.__setattr__(regression, "weights", importance / importance.mean())
+        regression = Regression(projection.states, projection.weights(recipe.weighting), 1, ROWS * LENGTH)
     drafter = TrainableDrafter(model)
     holder: Any = SimpleNamespace(head=material.head)
     phases = {

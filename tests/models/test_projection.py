@@ -38,13 +38,15 @@ def test_no_map_of_its_rank_costs_less(target, width):
         q = np.exp(weight @ one - (weight @ one).max())
         fisher += np.cov(weight.T, aweights=q, ddof=0) / ROWS
     roots = [vectors * np.sqrt(values) @ vectors.T for values, vectors in map(np.linalg.eigh, (fisher, moment))]
-    least = np.linalg.svd(roots[0] @ roots[1], compute_uv=False)[width:]
+    values = np.linalg.svd(roots[0] @ roots[1], compute_uv=False)
+    least = values[width:]
     made = project_head(head, measure(head, [states[:400], states[400:]]), width)
     # The map of states that the projected head stands for: its rows are those of the centred head times this.
     centred = weight - weight.mean(0)
     kept = np.linalg.lstsq(centred, made.head.double().numpy(), rcond=None)[0] @ made.states.double().numpy()
     lost = roots[0] @ (np.eye(WIDE) - kept) @ roots[1]
     assert np.linalg.norm(lost) == pytest.approx(np.linalg.norm(least), rel=2e-3)
+    np.testing.assert_allclose(made.costs.numpy(), values[:width] ** 2, rtol=2e-3)
 
 
 def test_the_states_are_as_large_as_an_rmsnorm_leaves_them(target):

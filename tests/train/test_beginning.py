@@ -14,15 +14,17 @@ PROJECTED = ("drafter.projected=true", "regression={share: 0.5}")
 
 
 def test_the_regressions_gradient_is_that_of_the_mean_squared_error():
-    """By hand in float64: 2 (h - A t) / d over the positions of a whole step."""
+    """By hand in float64: 2 w (h - A t) / d over the positions of a whole step."""
     torch.manual_seed(0)
     states, hidden = torch.randn(4, 6), torch.randn(2, 3, 4, requires_grad=True)
     target, head = torch.randn(2, 3, 6), torch.randn(9, 4, requires_grad=True)
-    loss = Regression(states, steps=1, positions=60).loss(hidden, Head(head), target)
+    weights = torch.rand(4)
+    loss = Regression(states, weights, steps=1, positions=60).loss(hidden, Head(head), target)
     loss.backward()
     error = hidden.detach().double().numpy() - target.double().numpy() @ states.double().numpy().T
-    assert loss.item() == pytest.approx((error**2).mean(-1).sum() / 60, rel=1e-6)
-    np.testing.assert_allclose(hidden.grad.numpy(), 2 * error / 4 / 60, rtol=1e-5, atol=1e-7)
+    by = weights.double().numpy()
+    assert loss.item() == pytest.approx((error**2 * by).mean(-1).sum() / 60, rel=1e-6)
+    np.testing.assert_allclose(hidden.grad.numpy(), 2 * error * by / 4 / 60, rtol=1e-5, atol=1e-7)
     assert not head.grad.any()
 
 
