@@ -42,7 +42,7 @@ _LEAST_STEPS, _LEAST_PROMPTS, _MOST_PROMPTS = 10, 8, 128
 # What decoding a token with drafts takes, in tokens of plain decoding in full batches: on a CPU verifying gamma + 1
 # tokens costs about as much as so many steps, and few drafts are accepted.
 _DRAFTED_TOKEN = 3.5
-_DRAFTER: dict[str, Any] = {"hidden_size": 128, "layers": 2, "heads": 2, "mlp_size": 344, "tie_embeddings": True}
+_DRAFTER: dict[str, Any] = {"hidden_size": 128, "layers": 1, "heads": 2, "mlp_size": 344, "tie_embeddings": True}
 _SERVER_STARTS = {"llama.cpp": 10.0, "vllm": 150.0}  # seconds, with a drafter and without one
 
 
@@ -81,14 +81,12 @@ class TimedDemo(Demo):
 
     def check(self) -> None:
         """Raise UserError where the target is no chat model that is here, or the time too short."""
-        from dist_train.models.gguf import unpack_named
         from dist_train.models.load import check_vocabulary, read_target_config
         from dist_train.models.target_tokenizer import load_target_tokenizer
 
         if self.minutes < LEAST_MINUTES:
             raise UserError(f"--minutes {self.minutes:g}: the least of every stage takes about {LEAST_MINUTES:g}")
-        section = TargetSection(path=self.target)
-        unpack_named(section)
+        section = self.unpacked_target()
         tokenizer = load_target_tokenizer(section, None, None)
         if not tokenizer.chat_template:
             raise UserError(f"--target {self.target}: has no chat template; name a model that was tuned to chat")
@@ -110,6 +108,14 @@ class TimedDemo(Demo):
     def target_section(self) -> dict[str, Any]:
         """The target as stages read it."""
         return {"path": self.target}
+
+    def unpacked_target(self) -> TargetSection:
+        """The same as it is loaded: a GGUF file as the folder made of it."""
+        from dist_train.models.gguf import unpack_named
+
+        section = TargetSection(path=self.target)
+        unpack_named(section)
+        return section
 
     # -- time ---------------------------------------------------------------------------------------------------
 
@@ -151,10 +157,13 @@ class TimedDemo(Demo):
 
     def distil(self) -> None:
         """Against the target's states and distributions; the paper mixes distillation and pretraining data 9 to 1."""
+        from dist_train.models.load import read_target_config
+
+        wide = read_target_config(self.unpacked_target()).hidden_size
         config = {
             "run": {"dir": str(self.out / "runs" / LOSS), "seed": 2},
             "tokenizer": self.tokenizer,
-            "drafter": {**_DRAFTER, "projected": True},
+            "drafter": {**_DRAFTER, "hidden_size": min(_DRAFTER["hidden_size"], wide), "projected": True},
             "target": self.target_section,
             "data": self.data(("answers", 9.0), ("text", 1.0)),
             "objective": {LOSS: 1.0},
@@ -164,7 +173,7 @@ class TimedDemo(Demo):
             "steps": _MEASURED_STEPS,
             "global_batch": 2 * self.processes,
             "micro_batch": 2,
-            "learning_rate": 3e-3,
+            "learning_rate": 1.5e-3,
             "deepspeed": "zero1",
         }
         steps = self.size("distill", lambda: self.steps_that_fit("distill", "distill", {**config, "train": train}))
@@ -264,12 +273,10 @@ class TimedDemo(Demo):
 
     def installed(self) -> Engine | None:
         """The first of the servers that can be started here: llama.cpp, which is there at once, or vLLM."""
-        from dist_train.models.gguf import unpack_named
         from dist_train.models.target_tokenizer import load_target_tokenizer
         from dist_train.serving.engines import find_engine
 
-        section = TargetSection(path=self.target)
-        unpack_named(section)
+        section = self.unpacked_target()
         tokenizer = load_target_tokenizer(section, None, None)
         for engine in reversed(get_args(Engine)):
             try:

@@ -51,7 +51,7 @@ def check(config: TrainConfig) -> None:
     if config.drafter.init_from is not None:
         check_drafter(config.drafter.init_from, "drafter.init_from", vocab_size, tokenizer)
     else:
-        _shape(config, tokenizer)
+        _check_projected(config, _shape(config, tokenizer))
     if config.held_out is not None:
         check_corpus(config.held_out.path, tokenizer, config)
         if config.held_out.path.resolve() in {source.path.resolve() for source in config.data.sources}:
@@ -225,6 +225,18 @@ def _shape(config: TrainConfig, tokenizer: Tokenizer) -> Any:
     """The Hugging Face configuration of a drafter made from scratch."""
     target = read_target_config(config.target) if config.target else None
     return drafter_config(config.drafter, _vocab_size(config, tokenizer), tokenizer.bos_id, tokenizer.eos_id, target)
+
+
+def _check_projected(config: TrainConfig, shape: Any) -> None:
+    """Raise UserError where a projected drafter would have more dimensions than its target."""
+    if not config.drafter.projected or config.target is None:
+        return
+    wide = read_target_config(config.target).hidden_size
+    if shape.hidden_size > wide:
+        raise UserError(
+            f"drafter.projected: the drafter is {shape.hidden_size} wide and its target {wide}, of which it would be a "
+            "projection; choose a smaller drafter.hidden_size"
+        )
 
 
 def _warm(config: TrainConfig) -> Any:

@@ -115,7 +115,7 @@ def test_time_is_shared_among_what_is_left():
         spent += 1800 * share / 100
     shares = list(timed.SHARES.values())
     late = timed.share_of("generate", 30, 1000)
-    assert late == pytest.approx(800 * shares[3] / sum(shares[3:]))
+    assert late == pytest.approx(800 * shares[2] / sum(shares[2:]))
     assert timed.share_of("export", 30, 1900) == 0
     assert (timed.fitting(10, 3, 2), timed.fitting(1, 3, 2), timed.fitting(100, 3, 2, most=8)) == (3, 2, 8)
 

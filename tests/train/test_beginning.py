@@ -78,6 +78,7 @@ def test_a_tied_drafter_has_the_projected_head(tiny, cli, tmp_path):
         (["regression.share=0.5"], "regression.share needs drafter.projected=true"),
         (["drafter.projected=true", "objective={ce: 1.0}"], "drafter.projected needs target.path, and a loss besides"),
         (["drafter.projected=true", "drafter.init_from=x"], "has its own head; keep one"),
+        (["drafter.projected=true", "drafter.hidden_size=64"], "the drafter is 64 wide and its target 32"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tiny, refused, tmp_path, words, told):
