@@ -56,12 +56,10 @@ class Recipe:
     regression: float = 0.5
     projected: bool = True
     objective: str = "kld"
-    last: str | None = None  # the objective of the last fifth of the time, if another
     rate: float = 1.5e-3
     width: int = 256
     layers: int = 1
     uniform: bool = False  # the projection is of logits, not of distributions
-    embedding: float = 0.02  # root mean square of the projected one
     weighting: float = 0.5  # of the regression's dimensions, by this power of what an error of each costs
 
 
@@ -117,7 +115,7 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
         projection = project_head(material.head, geometry, recipe.width)
         with torch.no_grad():
             model.lm_head.weight.copy_(projection.head)
-            embedding = project_embedding(material.embedding, geometry.chances, recipe.width, recipe.embedding)
+            embedding = project_embedding(material.embedding, geometry.chances, recipe.width, 0.02)
             model.model.embed_tokens.weight.copy_(embedding)
         regression = Regression(projection.states, projection.weights(recipe.weighting), 1, ROWS * LENGTH)
     drafter = TrainableDrafter(model)
@@ -126,12 +124,8 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
         "pretrain": (recipe.pretrain, Objective({"ce": 1.0}, LossSection(), None, compile=True)),
         "regression": (recipe.regression, Objective({"kld": 1.0}, LossSection(), holder, regression=regression)),
         "distil": (
-            1 - recipe.pretrain - recipe.regression - (0.2 if recipe.last else 0.0),
+            1 - recipe.pretrain - recipe.regression,
             Objective({recipe.objective: 1.0}, LossSection(), holder, compile=True),
-        ),
-        "last": (
-            0.2 if recipe.last else 0.0,
-            Objective({recipe.last or "kld": 1.0}, LossSection(), holder, compile=True),
         ),
     }
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
@@ -143,7 +137,7 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
     ended = time.perf_counter() - began
     for name, (share, objective) in phases.items():
         first, steps = ended, 0
-        last = ended + share * seconds
+        last = seconds if name == "distil" else ended + share * seconds
         while share and ended < last:
             # Each phase of the paper's has a schedule of its own; regression and what follows share one.
             whole = (first, last) if recipe.pretrain else (0.0, seconds)
@@ -178,9 +172,8 @@ def compile_losses(recipe: Recipe, model: Any, material: Material) -> None:
     labels = torch.zeros(1, 8, dtype=torch.long)
     batch: Any = DeviceBatch(labels, labels, mask, labels, None, 8)  # type: ignore[arg-type]
     states = torch.zeros(1, 8, material.head.weight.shape[1])
-    for name in {recipe.objective, recipe.last or recipe.objective}:
-        loss_function = Objective({name: 1.0}, LossSection(), holder, compile=True).loss(batch, states, 8)
-        loss_function(hidden, Head(model.lm_head.weight))
+    loss_function = Objective({recipe.objective: 1.0}, LossSection(), holder, compile=True).loss(batch, states, 8)
+    loss_function(hidden, Head(model.lm_head.weight))
     if recipe.pretrain:
         Objective({"ce": 1.0}, LossSection(), None, compile=True).loss(batch, None, 8)(
             hidden, Head(model.lm_head.weight)
@@ -191,8 +184,8 @@ def flops(figures: dict[str, float], shape: Any, wide: int) -> float:
     """Of the training: passes of the drafter's layers, and products with the two heads at trained positions."""
     d, v = shape.hidden_size, shape.vocab_size
     layers = shape.num_hidden_layers * (4 * d * d + 3 * d * shape.intermediate_size)
-    steps = sum(figures[f"{name}_steps"] for name in ("pretrain", "regression", "distil", "last"))
-    scored = figures.get("distil_trained", 0) + figures.get("last_trained", 0)
+    steps = sum(figures[f"{name}_steps"] for name in ("pretrain", "regression", "distil"))
+    scored = figures.get("distil_trained", 0)
     ours = 6 * d * v * (figures.get("pretrain_trained", 0) + scored)
     theirs = 2 * wide * v * scored
     return (
@@ -311,10 +304,10 @@ def table(names: list[str], options: argparse.Namespace) -> None:
                     text += f"; {100 * (tau / first - 1):+.1f} % [{100 * low:+.1f}, {100 * high:+.1f}]"
                 cells.append(text)
             print(f"| {name} | {' | '.join(cells)} |")
-    print("\n| recipe | steps: text, regression, objective, last | TFLOP |\n|--|--|--|")
+    print("\n| recipe | steps: text, regression, objective | TFLOP |\n|--|--|--|")
     for name in names:
         found = [read[name, seed]["figures"] for seed in range(options.seeds)]
-        phases = ("pretrain", "regression", "distil", "last")
+        phases = ("pretrain", "regression", "distil")
         steps = (np.mean([f.get(f"{phase}_steps", 0) for f in found]) for phase in phases)
         took = np.mean([f["flops"] for f in found]) / 1e12
         print(f"| {name} | {', '.join(f'{step:.0f}' for step in steps)} | {took:.1f} |")
