@@ -81,7 +81,12 @@ def _bytes(config: TrainConfig, width: int, layers: int) -> int:
 
 def report(found: list[Reach]) -> str:
     """A Markdown table."""
-    header = ["width", "acceptance, at most", "equal best tokens", *(f"{n} layer{'s' * (n > 1)}: c; speed-up" for n in _DEPTHS)]
+    header = [
+        "width",
+        "acceptance, at most",
+        "equal best tokens",
+        *(f"{n} layer{'s' * (n > 1)}: c; speed-up" for n in _DEPTHS),
+    ]
     rows = []
     for one in found:
         cells = [str(one.width), f"{one.acceptance:.3f}", f"{one.equal:.3f}"]
