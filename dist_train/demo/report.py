@@ -12,7 +12,7 @@ from typing import Any
 from data_shards.files import write_atomically
 from dist_train.reports.plots import COLOURS, accepted_length_histogram, as_svg, block_efficiency_bars, style
 from dist_train.reports.results import read_served, read_tables
-from dist_train.reports.tables import results_markdown, results_tables
+from dist_train.reports.tables import interval, results_markdown, results_tables
 from dist_train.runtime.run_folder import read_metrics
 from dist_train.runtime.world import cores
 
@@ -96,11 +96,10 @@ def findings(results: dict[str, Any], losses: Sequence[str]) -> list[str]:
 
 def reached(results: dict[str, Any]) -> list[str]:
     """Block efficiency of the drafters under each condition."""
-    rows = [(row, row["block_efficiency"]) for row in results["rows"]]
     return [
-        f"{row['drafter']}: {tau['value']:.2f} [{tau['low']:.2f}, {tau['high']:.2f}] tokens per target call at gamma "
-        f"{row['gamma']}, T {row['temperature']:g}."
-        for row, tau in rows
+        f"{row['drafter']}: {row['block_efficiency']['value']:.2f} {interval(row['block_efficiency'])} tokens per target "
+        f"call at gamma {row['gamma']}, T {row['temperature']:g}."
+        for row in results["rows"]
     ]
 
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from data_shards.errors import first_line
 from dist_train.errors import UserError
 from dist_train.losses.block import Block
 from dist_train.runtime.world import tell_once
@@ -40,7 +41,7 @@ def compiled(block: Block, arguments: Arguments, wanted: Compile) -> list[Tensor
     try:
         columns = region(*arguments)  # the first call compiles, before anything of the arguments is changed
     except _failures() as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         if wanted is True:
             raise UserError(
                 f"loss.compile=true: the loss cannot be compiled here ({reason}); install a C++ compiler and Python's "

@@ -81,7 +81,9 @@ class Target:
 
         weight = self._decoder.get_input_embeddings().weight
         with GatheredParameters([weight] if hasattr(weight, "ds_id") else []):
-            return weight.full_tensor() if hasattr(weight, "full_tensor") else weight.detach().clone()
+            whole = _whole(weight)
+        assert whole is not None
+        return whole
 
     def is_same(self, identity: dict[str, Any]) -> bool:
         """Whether a stored `identity` is of this target: all equal, and its logits of the probe, which every weight has

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from dist_train.runtime.process_group import Runtime
 from dist_train.train.beginning import target_states
 
 _DEPTHS = (1, 2, 4)
-_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4, 1)  # of the target's width
+_SHARES = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of the target's width
 _MEASURED = 4096  # states that the heads are tried on
 _MOST_DRAFTS = 8
 
@@ -59,20 +60,19 @@ def suggest(config: TrainConfig, runtime: Runtime) -> list[Reach]:
     if half < wide:
         raise UserError(f"--suggest needs more than {2 * wide} trained positions, data.sources have {len(states)}")
     geometry, tried = measure(target.head, [states[:half]]), states[half:][-_MEASURED:]
-    target_bytes = bytes_read(skeleton(read_target_config(config.target)))
+    shape = read_target_config(config.target)
+    target_bytes = bytes_read(skeleton(shape))
     found = []
-    for width in sorted({max(32, round(share * wide / 32) * 32) for share in _SHARES if share < 1} | {wide}):
+    for width in sorted({max(32, round(share * wide / 32) * 32) for share in _SHARES} | {wide}):
         if width > wide:
             continue
-        costs = {layers: _bytes(config, width, layers) / target_bytes for layers in _DEPTHS}
+        costs = {layers: _bytes(config, shape, width, layers) / target_bytes for layers in _DEPTHS}
         found.append(Reach(width, *reach(target.head, project_head(target.head, geometry, width), tried), costs))
     return found
 
 
-def _bytes(config: TrainConfig, width: int, layers: int) -> int:
-    """Bytes that a pass of a drafter of this shape reads."""
-    assert config.target is not None
-    target = read_target_config(config.target)
+def _bytes(config: TrainConfig, target: Any, width: int, layers: int) -> int:
+    """Bytes that a pass of a drafter of this width and depth reads, beside a target of the configuration `target`."""
     heads = next(n for n in (8, 6, 4, 3, 2, 1) if width % (2 * n) == 0 and (width // n >= 32 or n == 1))
     sizes = {"hidden_size": width, "layers": layers, "heads": heads, "mlp_size": width * 11 // 4, "kv_heads": None}
     section = config.drafter.model_copy(update=sizes)

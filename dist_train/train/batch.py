@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_shards import Batch
+from data_shards import Batch, ShardedTokens, Source
+from dist_train.config import DataSection
 from dist_train.models.attention import Documents
 
 
@@ -23,6 +24,11 @@ class DeviceBatch(NamedTuple):
     positions: Tensor
     documents: Documents
     unmasked: int
+
+
+def sources_of(data: DataSection) -> list[Source]:
+    """The corpora of the mixture, opened. Raises DataError where one is not there."""
+    return [Source(ShardedTokens(source.path), source.weight, source.epochs) for source in data.sources]
 
 
 def on_device(batch: Batch, device: torch.device) -> DeviceBatch:

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_shards import ShardedTokens, Source, TokenLoader
+from data_shards import TokenLoader
 from dist_train.config import TrainConfig
 from dist_train.losses import Head
 from dist_train.models.projection import measure, project_embedding, project_head
 from dist_train.models.target import Target
 from dist_train.runtime.process_group import Runtime
 from dist_train.runtime.progress import phase
-from dist_train.train.batch import on_device
+from dist_train.train.batch import on_device, sources_of
 
 _STATES_A_DIMENSION = 8  # of the target, that its second moment is taken from
 _INITIAL_SIZE = 0.02  # root mean square of an embedding, as transformers draws them
@@ -70,7 +70,7 @@ def target_states(config: TrainConfig, target: Target, runtime: Runtime, number:
 
     Fewer where the data have fewer in one epoch. Every rank takes the same ones.
     """
-    sources = [Source(ShardedTokens(source.path), source.weight, source.epochs) for source in config.data.sources]
+    sources = sources_of(config.data)
     steps = sum(len(source.corpus) for source in sources) // (config.train.micro_batch * config.data.sequence_length)
     loader = TokenLoader(
         sources,

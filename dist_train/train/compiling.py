@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from data_shards.errors import first_line
 from dist_train.config import TrainConfig
 from dist_train.losses import Compile
 from dist_train.runtime.process_group import Runtime
@@ -50,7 +51,6 @@ def _can_compile(device: torch.device) -> bool:
     try:
         torch.compile(torch.square)(torch.ones(1, device=device))
     except TorchDynamoException as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        tell_once(f"drafter: eager, because it cannot be compiled here ({reason})")
+        tell_once(f"drafter: eager, because it cannot be compiled here ({first_line(error)})")
         return False
     return True

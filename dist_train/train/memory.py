@@ -73,7 +73,7 @@ def memory_estimate(
     target = config.target if needs_target(config.objective) else None
     if target is not None:
         estimate |= _target_bytes(target, world_size, on_gpu)
-    step = _step_bytes(config, shape, tokens, width, on_gpu)
+    step = _step_bytes(config, shape, target, tokens, width, on_gpu)
     copies = 4 * drafter * (4 if config.train.ema_decay else 3) / world_size
     estimate |= step
     estimate["copies for checkpoints"] = max(0.0, copies - sum(step.values()))
@@ -83,14 +83,15 @@ def memory_estimate(
     return {kind: amount / _GIB for kind, amount in estimate.items()}
 
 
-def _step_bytes(config: TrainConfig, shape: Any, tokens: int, width: int, on_gpu: bool) -> dict[str, float]:
+def _step_bytes(
+    config: TrainConfig, shape: Any, target: TargetSection | None, tokens: int, width: int, on_gpu: bool
+) -> dict[str, float]:
     """Of each kind at the moment of a micro-batch of `tokens` tokens that takes most: what comes and goes with it.
 
     The target's pass ends before the drafter's begins; the loss is taken, and differentiated to the hidden states and
     the head, while all that the blocks keep is there; then block after block is differentiated.
     """
     train = config.train
-    target = config.target if needs_target(config.objective) else None
     rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), tokens)
     head_gradient = 4 * shape.vocab_size * shape.hidden_size
     kept, differentiated = activation_bytes(

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data_shards import ShardedTokens, Source, TokenLoader
+from data_shards import ShardedTokens, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
@@ -23,6 +23,7 @@ from dist_train.runtime.faults import fault_kind
 from dist_train.runtime.process_group import Runtime, set_seed, started
 from dist_train.runtime.run_folder import CONFIG, LOGS, list_checkpoints, read_metrics
 from dist_train.tokenizer import Tokenizer
+from dist_train.train.batch import sources_of
 from dist_train.train.beginning import begin_projected
 from dist_train.train.checkpoint import Checkpoints
 from dist_train.train.compiling import compiles_blocks, compiles_loss
@@ -210,7 +211,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
 
 def _loader(config: TrainConfig, rank: int, world_size: int) -> TokenLoader:
     return TokenLoader(
-        [Source(ShardedTokens(source.path), source.weight, source.epochs) for source in config.data.sources],
+        sources_of(config.data),
         sequence_length=config.data.sequence_length,
         global_batch=config.train.global_batch,
         micro_batch=config.train.micro_batch,
