@@ -97,8 +97,8 @@ def findings(results: dict[str, Any], losses: Sequence[str]) -> list[str]:
 def reached(results: dict[str, Any]) -> list[str]:
     """Block efficiency of the drafters under each condition."""
     return [
-        f"{row['drafter']}: {row['block_efficiency']['value']:.2f} {interval(row['block_efficiency'])} tokens per target "
-        f"call at gamma {row['gamma']}, T {row['temperature']:g}."
+        f"{row['drafter']}: {row['block_efficiency']['value']:.2f} {interval(row['block_efficiency'])} tokens per "
+        f"target call at gamma {row['gamma']}, T {row['temperature']:g}."
         for row in results["rows"]
     ]
 
