@@ -50,6 +50,23 @@ class RopeScalingSection(Section):
         return self
 
 
+class ParallelSection(Section):
+    """Drafting all tokens of a block in one pass, by mask tokens (PARD, arXiv 2504.18583)."""
+
+    tokens: int = Field(ge=2)
+    """most tokens that a pass drafts: the next one and so many less one behind it"""
+    mask_id: NonNegativeInt | None = None
+    """an id of the target's vocabulary that no text has; null: one that the tokenizer keeps in reserve"""
+    keep: float = Field(default=0.7, gt=0, le=1)
+    """share of the masks at each place of a block that the next place has, too: later tokens count for less, and cost
+    less; 1: all of them"""
+
+    @property
+    def positions(self) -> float:
+        """That the drafter goes through for each of a sequence, on average, and where everything is trained."""
+        return sum(self.keep**offset for offset in range(self.tokens))
+
+
 class DrafterSection(Section):
     """Shape of the drafter, or where its weights come from."""
 
@@ -76,6 +93,8 @@ class DrafterSection(Section):
     """as target.attention"""
     projected: bool = False
     """embedding and head begin as the target's, projected on hidden_size dimensions; false: at random"""
+    parallel: ParallelSection | None = None
+    """null: one token a pass"""
 
 
 class SourceSection(Section):
@@ -240,6 +259,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _windows_fit(self) -> TrainConfig:
         longest = max(self.held_out.gammas) if self.held_out else 0
+        parallel = self.drafter.parallel
+        if parallel is not None and longest > parallel.tokens:
+            raise ValueError(f"held_out.gammas: {longest} is more than drafter.parallel.tokens {parallel.tokens}")
         if longest >= self.data.sequence_length:
             raise ValueError(
                 f"held_out.gammas: {longest} is no window of data.sequence_length {self.data.sequence_length}"

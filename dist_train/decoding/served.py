@@ -7,6 +7,9 @@ from typing import Any
 
 from dist_train.decoding.speculative import Generated, speculative_generate
 
+PARALLEL = frozenset({"vllm"})
+"""Servers that draft in one pass with a drafter that was trained for it."""
+
 
 def generate_as_served(
     engine: str,
@@ -26,8 +29,8 @@ def generate_as_served(
 
     `blocks` are those after the first token, with the drafter's confidences; an answer that ends with it has none.
     vLLM draws drafts under the temperature alone ("draft_sample_method": "probabilistic") and counts the last block in
-    full. llama.cpp drafts likeliest tokens, and no more of them than the answer has room for, so that its last block
-    ends with the text.
+    full. llama.cpp drafts likeliest tokens, one a pass whatever the drafter, and no more of them than the answer has
+    room for, so that its last block ends with the text.
     """
     first = speculative_generate(
         None, target, input_ids, 0, temperature, top_p, max_new_tokens=1, seed=seed, batch_size=batch_size
@@ -48,6 +51,7 @@ def generate_as_served(
         seed=seed + 1,  # a prompt's numbers are those of its place: the same ones must not be drawn twice
         draft_greedily=engine == "llama.cpp",
         draft_top_p=1.0,
+        one_by_one=engine not in PARALLEL,
         record_confidences=True,
         batch_size=batch_size,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dist_train.decoding.attention import grouped_attention
 from dist_train.decoding.cache import RowReader
-from dist_train.decoding.draft import Drafting, TokenByToken
+from dist_train.decoding.draft import Draft, Drafting, TokenByToken, drafts_of
 from dist_train.decoding.rows import Generated, Rows
 from dist_train.decoding.sampling import Sampler
 from dist_train.decoding.verify import verify, verify_greedy
@@ -36,6 +36,7 @@ def speculative_generate(
     seed: int = 0,
     draft_greedily: bool = False,
     draft_top_p: float | None = None,
+    one_by_one: bool = False,
     record_confidences: bool = False,
     batch_size: int | None = None,
 ) -> Generated:
@@ -43,8 +44,9 @@ def speculative_generate(
 
     `drafter` and `target` are Hugging Face causal language models of one vocabulary; without a drafter, or with gamma
     0, this is plain decoding. Temperature 0 is greedy. The drafter samples under the same temperature and top-p, or
-    `draft_top_p` in its place, or, with `draft_greedily`, takes its likeliest token, as servers do by default. With
-    `record_confidences` the drafter's confidence in each draft comes along (`draft.TokenByToken`). `batch_size` prompts
+    `draft_top_p` in its place, or, with `draft_greedily`, takes its likeliest token, as servers do by default. One that
+    drafts in one pass (`models.chains`) takes a pass for each token with `one_by_one`. With
+    `record_confidences` the drafter's confidence in each draft comes along (`draft.Draft`). `batch_size` prompts
     are decoded at a time (None: all). The random numbers of a prompt are its own, from `seed` and its place in
     `input_ids`: batch size and neighbours do not change them.
     """
@@ -60,7 +62,9 @@ def speculative_generate(
             own = None
         elif sampler and draft_top_p is not None:
             own = Sampler(temperature, draft_top_p, target.device)
-        draft = TokenByToken(RowReader(drafter, rows.size, rows.slots), gamma, own, record=record_confidences)
+        reader = RowReader(drafter, rows.size, rows.slots)
+        kind = TokenByToken if one_by_one else drafts_of
+        draft = kind(reader, gamma, own, record=record_confidences)
     return _decode(RowReader(target, rows.size, rows.slots), draft, rows, sampler)
 
 
@@ -86,7 +90,7 @@ def generate(
 
 
 @torch.inference_mode()
-def _decode(target: RowReader, draft: TokenByToken | None, rows: Rows, sampler: Sampler | None) -> Generated:
+def _decode(target: RowReader, draft: Draft | None, rows: Rows, sampler: Sampler | None) -> Generated:
     """Decode until every prompt is answered; without a sampler greedily."""
     readers = [target, draft.reader] if draft else [target]
     samplers = {each for each in (sampler, draft and draft.sampler) if each}

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from dist_train.decoding.attention import grouped_attention
 from dist_train.decoding.cache import RowReader
-from dist_train.decoding.draft import TokenByToken
+from dist_train.decoding.draft import Draft, drafts_of
 from dist_train.decoding.rows import Rows
 from dist_train.decoding.speculative import decode_block, read_block
+from dist_train.models.chains import parallel_of
 from dist_train.models.sizes import cached
 from dist_train.runtime.free_memory import free_bytes
 
@@ -24,7 +25,7 @@ _HEADROOM = 0.8
 
 class CallTimes(NamedTuple):
     """Median seconds of a call for a batch of texts: `plain`, a step of plain decoding; `verify`, a call of the target
-    that verifies 1 to gamma drafts; `draft`, of each drafter, one token of the gamma that it drafts for a block.
+    that verifies 1 to gamma drafts; `draft`, of each drafter, one of the passes in which it drafts gamma tokens.
     """
 
     batch_size: int
@@ -62,7 +63,8 @@ def time_calls(
                 rounds.append([_timed(call) for call in calls])
             a_text = sum(rounds[-1]) / batch_size
             plain, *others = [statistics.median(times) for times in zip(*rounds, strict=True)]
-            draft = [each / gamma for each in others[gamma:]]
+            passes = [1 if parallel_of(model.config) else gamma for model in drafters]
+            draft = [whole / number for whole, number in zip(others[gamma:], passes, strict=True)]
             found.append(CallTimes(batch_size, plain, others[:gamma], draft))
     return found
 
@@ -91,10 +93,10 @@ def _calls(
 
         return read_block(*decode_block(reader, ready, rows[count], None), [reader.nan])
 
-    def draft(drafter: TokenByToken) -> object:
+    def draft(drafter: Draft) -> object:
         return drafter(rows[-1], rows[-1].chances()[:, :gamma])[0].tolist()
 
-    some_drafters = [TokenByToken(RowReader(model, batch_size, slots), gamma, None) for model in drafters]
+    some_drafters = [drafts_of(RowReader(model, batch_size, slots), gamma, None) for model in drafters]
     return [
         *(lambda count=count: verify(count) for count in range(gamma + 1)),
         *(lambda drafter=drafter: draft(drafter) for drafter in some_drafters),

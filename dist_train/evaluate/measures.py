@@ -84,12 +84,13 @@ def _mean_of_runs(
     return float(of_runs.mean()), moved
 
 
-def memory_bound_speed_up(efficiency: float, ratio: float, gamma: int) -> float:
+def memory_bound_speed_up(efficiency: float, ratio: float, passes: int) -> float:
     """MBSU = tau / (c gamma + 1): the speed-up where reading weights is all that takes time.
 
-    `ratio` c: parameters of the drafter over those of the target (Goel et al., 2024).
+    `ratio` c: parameters of the drafter over those of the target (Goel et al., 2024); `passes` of the drafter a block,
+    gamma or, of one that drafts a block in one pass, 1.
     """
-    return efficiency / (ratio * gamma + 1)
+    return efficiency / (ratio * passes + 1)
 
 
 def accepted_histogram(blocks: Blocks, gamma: int) -> list[int]:

@@ -12,14 +12,14 @@ where reading the weights is all that takes time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dist_train.decoding.timing import CallTimes
-from dist_train.evaluate.results import Cell, Found
+from dist_train.evaluate.results import Cell, Found, drafts_in_one_pass
 
 THRESHOLDS = tuple(tenth / 10 for tenth in range(10))
 
@@ -30,26 +30,32 @@ class Expected(NamedTuple):
     """
 
     tokens: float
-    drafts: float
+    passes: float
     verified: list[float]
 
     def speed_up(self, draft: float, verify: Sequence[float]) -> float:
         """Over plain decoding, in whose steps `draft`, a pass, and `verify`, a call with 0, 1, ... drafts, are told."""
-        cost = self.drafts * draft + sum(share * v for share, v in zip(self.verified, verify, strict=False))
+        cost = self.passes * draft + sum(share * v for share, v in zip(self.verified, verify, strict=False))
         return self.tokens / cost
 
 
 def expected(
-    counts: Mapping[str, Sequence[Any]], gamma: int, threshold: float = 0.0, *, keeps_last: bool = False
+    counts: Mapping[str, Sequence[Any]],
+    gamma: int,
+    threshold: float = 0.0,
+    *,
+    keeps_last: bool = False,
+    one_pass: bool = False,
 ) -> Expected:
     """What blocks of at most `gamma` drafts give, told from the blocks of an evaluation that drafted as many or more.
 
     `counts`: of each prompt the tokens of its "blocks", and their "confidences". Whether the first k drafts of a block
     are accepted does not depend on how many come after them, so that a block is cut short: after `gamma` drafts, or
-    where the drafter's confidence is below `threshold`, before that draft or, with `keeps_last`, after it. The shorter
-    blocks would begin at other places of the same texts. Each prompt therefore weighs as many calls as its text then
-    takes. That the blocks of one text, too, are not all alike is neglected: easy stretches then count for too
-    little, and tau at a gamma much smaller than the evaluation's comes out low, by 2 % where texts are very uneven.
+    where the drafter's confidence is below `threshold`, before that draft or, with `keeps_last`, after it; in
+    `one_pass` all are drafted, and so many verified. The shorter blocks would begin at other places of the same texts.
+    Each prompt therefore weighs as many calls as its text then takes. That the blocks of one text, too, are not all
+    alike is neglected: easy stretches then count for too little, and tau at a gamma much smaller than the evaluation's
+    comes out low, by 2 % where texts are very uneven.
     """
     drafted = [blocks for blocks in counts["blocks"] if blocks]  # as servers count, a text of one token has none
     accepted = np.array([tokens - 1 for blocks in drafted for tokens in blocks])
@@ -67,7 +73,8 @@ def expected(
     weights = (texts / gave)[prompt]  # calls that the text takes over those that are looked at
     calls = weights.sum()
     shares = np.bincount(verified, weights, gamma + 1) / calls
-    return Expected(float(texts.sum() / calls), float((weights * drafts).sum() / calls), shares.tolist())
+    passes = np.ones_like(drafts) if one_pass else drafts
+    return Expected(float(texts.sum() / calls), float((weights * passes).sum() / calls), shares.tolist())
 
 
 def acceptance_rate(tokens: float, gamma: int) -> float | None:
@@ -90,16 +97,21 @@ def predict(
     length: int,
     read: Mapping[str, int],
     parameters: Mapping[str, int],
+    one_pass: Collection[str] = (),
 ) -> dict[str, Any]:
     """Costs of calls, speed-ups by gamma and batch size, and by threshold at the largest gamma and smallest batch.
 
     `times` are of the drafters in the order of `read`, bytes of weights, and `parameters`, both with the target under
-    the name "". A batch ends its drafts at different places, of which these times say nothing: thresholds are looked at
-    for the smallest one.
+    the name ""; those of `one_pass` draft a block in one. A batch ends its drafts at different places, of which these
+    times say nothing: thresholds are looked at for the smallest one.
     """
     drafters = [name for name in parameters if name]
     ratios = {name: [sizes[name] / sizes[""] for sizes in (read, parameters)] for name in drafters}
-    costs = [_costs(name, place, each, *ratios[name]) for place, name in enumerate(drafters) for each in times]
+    costs = [
+        _costs(name, place, each, *ratios[name], one_pass=name in one_pass)
+        for place, name in enumerate(drafters)
+        for each in times
+    ]
     return {
         "length": length,
         "costs": costs,
@@ -108,8 +120,12 @@ def predict(
     }
 
 
-def _costs(drafter: str, place: int, times: CallTimes, by_bytes: float, by_parameters: float) -> dict[str, Any]:
-    """In units of a plain step: a draft, verifying 1 to gamma drafts; and the alpha at which nothing is gained."""
+def _costs(
+    drafter: str, place: int, times: CallTimes, by_bytes: float, by_parameters: float, *, one_pass: bool
+) -> dict[str, Any]:
+    """In units of a plain step: a pass of the drafter, verifying 1 to gamma drafts; and the alpha at which nothing is
+    gained.
+    """
     draft, verify = times.draft[place] / times.plain, [seconds / times.plain for seconds in times.verify]
     gammas = range(1, len(verify) + 1)
     return {
@@ -117,10 +133,13 @@ def _costs(drafter: str, place: int, times: CallTimes, by_bytes: float, by_param
         "batch_size": times.batch_size,
         "plain_seconds": times.plain,
         "draft": draft,
+        "one_pass": one_pass,
         "draft_by_bytes": by_bytes,
         "draft_by_parameters": by_parameters,
         "verify": verify,
-        "break_even": [acceptance_rate(gamma * draft + verify[gamma - 1], gamma) for gamma in gammas],
+        "break_even": [
+            acceptance_rate((1 if one_pass else gamma) * draft + verify[gamma - 1], gamma) for gamma in gammas
+        ],
     }
 
 
@@ -129,7 +148,12 @@ def _by_gamma(found: Found, cost: Mapping[str, Any]) -> Iterator[dict[str, Any]]
     verify = [1.0, *cost["verify"]]
     for condition, runs in _conditions(found, cost["drafter"]).items():
         bounds = pairwise([0, *runs])  # each gamma from the evaluation with the next larger one
-        means = [expected(runs[upper], gamma) for lower, upper in bounds for gamma in range(lower + 1, upper + 1)]
+        one_pass = cost["one_pass"] and drafts_in_one_pass(condition[2])
+        means = [
+            expected(runs[upper], gamma, one_pass=one_pass)
+            for lower, upper in bounds
+            for gamma in range(lower + 1, upper + 1)
+        ]
         speed_ups = [mean.speed_up(cost["draft"], verify) for mean in means]
         best = int(np.argmax(speed_ups))
         yield {
@@ -150,10 +174,10 @@ def _by_threshold(found: Found, costs: Sequence[Mapping[str, Any]], drafter: str
     for condition, runs in _conditions(found, drafter).items():
         if condition[2] == "vllm":  # it has no threshold
             continue
-        gamma = max(runs)
+        gamma, one_pass = max(runs), cost["one_pass"] and drafts_in_one_pass(condition[2])
         for threshold in THRESHOLDS:
             # llama.cpp, which drafts greedily, drops the draft that it stops at; transformers lets it be verified.
-            mean = expected(runs[gamma], gamma, threshold, keeps_last=condition[2] == "sampled")
+            mean = expected(runs[gamma], gamma, threshold, keeps_last=condition[2] == "sampled", one_pass=one_pass)
             yield {
                 **dict(zip(_CONDITION, condition, strict=True)),
                 "drafter": drafter,
@@ -161,7 +185,7 @@ def _by_threshold(found: Found, costs: Sequence[Mapping[str, Any]], drafter: str
                 "batch_size": cost["batch_size"],
                 "threshold": threshold,
                 "tokens_per_call": mean.tokens,
-                "drafts_per_call": mean.drafts,
+                "drafts_per_call": mean.passes,
                 "speed_up": mean.speed_up(cost["draft"], [1.0, *cost["verify"]]),
             }
 

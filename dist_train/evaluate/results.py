@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from data_shards.files import write_atomically, write_json
 from dist_train.config import Engine, EvaluateConfig
+from dist_train.decoding.served import PARALLEL
 from dist_train.errors import UserError
 from dist_train.evaluate.measures import (
     accepted_histogram,
@@ -37,6 +38,11 @@ class Cell(NamedTuple):
     drafting: str
 
 
+def drafts_in_one_pass(drafting: str) -> bool:
+    """Whether a drafter that can draft a block in one pass does, in this way of drafting."""
+    return drafting not in get_args(Engine) or drafting in PARALLEL
+
+
 def make_folder(out: Path) -> None:
     """Make the folder of the results. Raises UserError where nothing can be written there."""
     try:
@@ -53,8 +59,11 @@ def gather(
     found: Found,
     parameters: Mapping[str, int],
     target: Mapping[str, Any],
+    one_pass: Collection[str] = (),
 ) -> dict[str, Any]:
-    """The content of results.json but for what is timed. `found`: blocks and lengths of the texts of each cell."""
+    """The content of results.json but for what is timed. `found`: blocks and lengths of the texts of each cell;
+    `one_pass`: the drafters that draft a block in one pass.
+    """
     base = next(iter(config.drafters))
     rows = []
     for cell, counts in found.items():
@@ -63,6 +72,8 @@ def gather(
         calls, tokens = sum(map(len, blocks)), sum(counts["lengths"])
         if not calls:
             raise UserError(f"task {cell.task}: every answer ends with its first token, before anything is drafted")
+        is_one = cell.drafter in one_pass and drafts_in_one_pass(cell.drafting)
+        ratio = parameters[cell.drafter] / parameters[""]
         # As servers do it, the first token of each answer is the prefill's.
         in_blocks = tokens - len(blocks) * (cell.drafting in get_args(Engine))
         rows.append(
@@ -76,7 +87,7 @@ def gather(
                 "block_efficiency": efficiency._asdict(),
                 "block_efficiency_last_block_cut": in_blocks / calls,
                 "difference": bootstrap_difference(blocks, found[cell._replace(drafter=base)]["blocks"])._asdict(),
-                "mbsu": memory_bound_speed_up(efficiency.value, parameters[cell.drafter] / parameters[""], cell.gamma),
+                "mbsu": memory_bound_speed_up(efficiency.value, ratio, 1 if is_one else cell.gamma),
                 "accepted_histogram": histogram,
                 "position_acceptance": position_acceptance(histogram),
                 "accepted_shares": accepted_shares(histogram),
@@ -89,6 +100,7 @@ def gather(
                 "path": str(path),
                 "parameters": parameters[name],
                 "ratio": parameters[name] / parameters[""],
+                "one_pass": name in one_pass,
             }
             for name, path in config.drafters.items()
         },

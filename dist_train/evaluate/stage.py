@@ -21,6 +21,7 @@ from dist_train.evaluate.memory import memory_report
 from dist_train.evaluate.results import Cell, Found, gather, write_results
 from dist_train.evaluate.serve import check_serve, serve
 from dist_train.evaluate.tasks import Prompts, load_prompts, refuse_long_prompts
+from dist_train.models.chains import parallel_of
 from dist_train.models.drafter import find_model, load_drafter, read_drafter_config
 from dist_train.models.load import DTYPES, check_target, config_digest, read_target_config, target_identity
 from dist_train.models.pairing import check_drafter
@@ -49,7 +50,12 @@ def check(config: EvaluateConfig) -> None:
     target = read_target_config(config.target)
     models = {config.target.path: target}
     for name, path in config.drafters.items():
-        models[f"drafter {name}"] = check_drafter(path, f"drafter {name}", target.vocab_size, tokenizer)
+        models[f"drafter {name}"] = drafter = check_drafter(path, f"drafter {name}", target.vocab_size, tokenizer)
+        parallel = parallel_of(drafter)
+        if parallel is not None and max(config.gammas) > parallel.tokens:
+            raise UserError(
+                f"drafter {name}: drafts at most {parallel.tokens} tokens in its one pass; lower gammas to that"
+            )
     tasks = load_prompts(config, tokenizer)
     for source, model in models.items():
         refuse_long_prompts(tasks, source, model, max(config.gammas))
@@ -77,7 +83,8 @@ def run(config: EvaluateConfig) -> None:
         if runtime.is_first:
             with phase("resampling prompts"):
                 parameters = models.of_each(num_parameters)
-                results = gather(config, tasks, found, parameters, _identity(config, digests["target"]))
+                identity = _identity(config, digests["target"])
+                results = gather(config, tasks, found, parameters, identity, models.one_pass())
             with phase("measuring token rates"):
                 results["token_rate"] = _token_rate(config, models, tasks)
             if config.prediction.seconds:
@@ -185,6 +192,10 @@ class _Models:
     def of_each(self, size: Callable[[Any], int]) -> dict[str, int]:
         """The size of each drafter, and of the target under the name ''."""
         return {"": size(self.target), **{name: size(self.drafter(name)) for name in self.config.drafters}}
+
+    def one_pass(self) -> list[str]:
+        """The drafters that draft a block in one pass."""
+        return [name for name in self.config.drafters if parallel_of(self.drafter(name).config)]
 
     def digests(self) -> dict[str, str]:
         """Of all weights: others may have taken their place."""
@@ -321,4 +332,5 @@ def _prediction(config: EvaluateConfig, models: _Models, tasks: Mapping[str, Pro
     drafters = [models.drafter(name) for name in config.drafters]
     asked = config.prediction
     times = time_calls(drafters, models.target, max(config.gammas), asked.batch_sizes, length, asked.seconds)
-    return predict(found, times, length, models.of_each(bytes_read), models.of_each(num_parameters))
+    read, parameters = models.of_each(bytes_read), models.of_each(num_parameters)
+    return predict(found, times, length, read, parameters, models.one_pass())

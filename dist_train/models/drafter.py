@@ -203,14 +203,17 @@ class TrainableDrafter(nn.Module):
         positions: Tensor,
         loss: Callable[[Tensor, Head], Result],
         documents: Documents | None = None,
+        seen: Tensor | None = None,
     ) -> Result:
         """What `loss(hidden [B, T, D], head)` returns; positions that begin anew keep documents apart.
 
-        `documents`: where those begin, if the host knows.
+        `documents`: where those begin, if the host knows. `seen`, bool [B, 1, T, T]: what each position sees, instead.
         """
-        documents = documents or Documents.of_device(positions)
         decoder = self.model.get_decoder()
-        known = documents.arguments(decoder)
+        if seen is None:
+            known = (documents or Documents.of_device(positions)).arguments(decoder)
+        else:
+            known = {"attention_mask": seen}
         states = decoder(input_ids=input_ids, position_ids=positions, use_cache=False, **known)
         return self.model.get_output_embeddings()(states.last_hidden_state, loss)
 

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from dist_train.config import ServeSection, TargetSection
 from dist_train.errors import UserError
+from dist_train.models.chains import parallel_of
 from dist_train.models.drafter import find_model, read_drafter_config
 from dist_train.models.load import read_target_config
 from dist_train.models.sizes import cached
@@ -122,6 +123,7 @@ class Vllm:
             drafter=self._drafters[drafter] if drafter else None,
             gamma=gamma,
             sampled=True,
+            parallel=drafter is not None and parallel_of(read_drafter_config(self._drafters[drafter])) is not None,
             dtype=_DTYPES[self._dtype],
             positions=positions,
             more=[*more, *self._section.arguments],

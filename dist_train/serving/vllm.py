@@ -65,6 +65,7 @@ def vllm_command(
     drafter: Path | None = None,
     gamma: int = 0,
     sampled: bool = False,
+    parallel: bool = False,
     dtype: str = "auto",
     positions: int | None = None,
     more: Sequence[str] = (),
@@ -72,7 +73,8 @@ def vllm_command(
     """vLLM's server for `target`, in the environment of `python`; `drafter` drafts gamma tokens a block, if above 0.
 
     `sampled`: drafts are drawn under the temperature and accepted with probability sum min(p, q); else they are the
-    drafter's likeliest tokens, which is vLLM's default. With a drafter, each answer tells what became of its drafts.
+    drafter's likeliest tokens, which is vLLM's default. `parallel`: all in one pass, by the `pard_token` of the
+    drafter's config.json. With a drafter, each answer tells what became of its drafts.
     `dtype`: "auto" is bf16 for a folder in fp32. `positions`: None is the target's; a drafter with fewer stops the
     whole batch's drafting beyond its own. `more`: further options, which have the last word.
     """
@@ -83,6 +85,8 @@ def vllm_command(
         speculation: dict[str, Any] = {"method": "draft_model", "model": str(drafter), "num_speculative_tokens": gamma}
         if sampled:
             speculation["draft_sample_method"] = "probabilistic"
+        if parallel:
+            speculation["parallel_drafting"] = True
         words += ["--speculative-config", json.dumps(speculation), "--per-request-spec-decode-metrics", "summary"]
     return ServerCommand("vLLM", (*words, *more), {"VLLM_NO_USAGE_STATS": "1"})
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_shards import ShardedTokens, Source, TokenLoader
+from data_shards import Batch, ShardedTokens, Source, TokenLoader
 from dist_train.config import TrainConfig
 from dist_train.losses import STATISTICS, Head
 from dist_train.losses.sizes import affordable_rows
+from dist_train.models.chains import lay_out, parallel_of
 from dist_train.models.drafter import TrainableDrafter
 from dist_train.runtime.process_group import Runtime
-from dist_train.train.batch import DeviceBatch, on_device
+from dist_train.train.batch import on_device
 from dist_train.train.objective import Objective
 
 
@@ -46,12 +47,13 @@ class HeldOut:
         """`eval/...` of the drafter, by all ranks together: loss, and with a target how well it drafts.
 
         Block efficiency is simulated: over windows of gamma tokens of the corpus, 1 + the expected number of accepted
-        ones, sum_k prod_{i<=k} min(1, p(x_i) / q(x_i)); exact where the corpus was sampled from the target.
+        ones, sum_k prod_{i<=k} min(1, p(x_i) / q(x_i)); exact where the corpus was sampled from the target. For a
+        drafter that drafts in one pass, p(x_i) is what it says of x_i then, and its acceptance is given by place.
         """
         sums: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         with drafter.evaluating():
             for batch in self._batches:
-                for name, total, count in self._figures(drafter, on_device(batch, self.runtime.device)):
+                for name, total, count in self._figures(drafter, batch):
                     sums[name][0] += total
                     sums[name][1] += count
         names = sorted(sums)
@@ -59,25 +61,42 @@ class HeldOut:
         totals = self.runtime.sum(values.to(self.runtime.device)).tolist()
         return {f"eval/{name}": total / max(count, 1) for name, (total, count) in zip(names, totals, strict=True)}
 
-    def _figures(self, drafter: TrainableDrafter, batch: DeviceBatch) -> Iterator[tuple[str, float, float]]:
+    def _figures(self, drafter: TrainableDrafter, host: Batch) -> Iterator[tuple[str, float, float]]:
         """(name, sum, number of what was summed) of each figure of a micro-batch."""
-        target = self.objective.target
-        positions = batch.unmasked
+        target, parallel = self.objective.target, parallel_of(drafter.model.config)
+        chains = None
+        if parallel is not None:
+            chains = lay_out(host.input_ids, host.positions, host.mask, parallel, 1.0, (0,))
+        batch = on_device(host, self.runtime.device, chains)
         states = target(batch.input_ids, batch.positions, batch.documents) if target else None
-        loss_function = self.objective.loss(batch, states, max(positions, 1))
+        whole, states = batch.unrolled(states)
+        positions = whole.unmasked
+        loss_function = self.objective.loss(whole, states, max(positions, 1))
 
         def look(hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-            return *loss_function(hidden, head), label_log_probs(hidden, head, batch.labels)
+            return *loss_function(hidden, head), label_log_probs(hidden, head, whole.labels)
 
-        loss, statistics, log_p = drafter(batch.input_ids, batch.positions, look, batch.documents)
+        loss, statistics, log_p = drafter(whole.input_ids, whole.positions, look, whole.documents, whole.seen)
         yield "loss", float(loss) * positions, positions
         if target is None or states is None:
             return
         for name, value in zip(STATISTICS, statistics.tolist(), strict=True):
             yield name, value, positions
-        accepted = (log_p - label_log_probs(states, target.head, batch.labels)).clamp(max=0).exp()
+        accepted = (log_p - label_log_probs(states, target.head, whole.labels)).clamp(max=0).exp()
+        if parallel is None or batch.chains is None:
+            for gamma in self.section.gammas:
+                yield (
+                    f"block_efficiency/gamma{gamma}",
+                    *block_efficiency(accepted, batch.mask, batch.positions, gamma),
+                )
+            return
+        by_place = batch.chains.by_place(accepted.double(), batch.mask, parallel.tokens)
+        for place, chances in enumerate(by_place.unbind(-1), start=1):
+            yield f"acceptance/place{place}", float(chances.nansum()), float((~chances.isnan()).sum())
         for gamma in self.section.gammas:
-            yield f"block_efficiency/gamma{gamma}", *block_efficiency(accepted, batch.mask, batch.positions, gamma)
+            windows = by_place[..., :gamma].flatten(0, -2)
+            windows = windows[~windows.isnan().any(-1)]
+            yield f"block_efficiency/gamma{gamma}", float((1 + windows.cumprod(-1).sum(-1)).sum()), len(windows)
 
 
 def block_efficiency(accepted: Tensor, mask: Tensor, positions: Tensor, gamma: int) -> tuple[float, float]:

@@ -16,6 +16,7 @@ from data_shards import Batch, DataError, TokenLoader
 from dist_train.config import TrainConfig
 from dist_train.errors import RankError, UserError
 from dist_train.losses import STATISTICS
+from dist_train.models.chains import lay_out, parallel_of
 from dist_train.runtime.process_group import Runtime
 from dist_train.train.batch import DeviceBatch, on_device
 from dist_train.train.checkpoint import Checkpoints
@@ -83,7 +84,7 @@ class Training:
             while self.step < last_step and not stopping:
                 with self.phases("step"):
                     with self.phases("data_wait"):
-                        batches = [on_device(batch, self.runtime.device) for batch in self._next_batches()]
+                        batches = [self._on_device_with_chains(batch) for batch in self._next_batches()]
                     values = self._optimizer_step(batches, stop)
                 self.step += 1
                 known = {"progress/tokens": self.tokens, "train/lr": learning_rate(self.step - 1, self.config.train)}
@@ -108,6 +109,15 @@ class Training:
         except DataError as error:
             raise RankError(f"rank {self.runtime.rank}: {error}") from error
 
+    def _on_device_with_chains(self, batch: Batch) -> DeviceBatch:
+        """With what a drafter that drafts in one pass learns from besides."""
+        parallel, section = parallel_of(self.module.model.config), self.config.drafter.parallel
+        if parallel is None or section is None:
+            return on_device(batch, self.runtime.device)
+        seed = (self.config.run.seed, self.step)
+        chains = lay_out(batch.input_ids, batch.positions, batch.mask, parallel, section.keep, seed)
+        return on_device(batch, self.runtime.device, chains)
+
     def _optimizer_step(self, batches: list[DeviceBatch], stop: StopSignal) -> dict[str, Tensor]:
         """One optimizer step over this rank's micro-batches: what came of it, on the device; see `_read`."""
         engine, objective, target = self.engine, self.objective, self.objective.target
@@ -115,8 +125,10 @@ class Training:
             with self.phases("on_policy"):
                 first = self.step * self.config.train.global_batch + self.runtime.rank * len(batches)
                 batches = [self.on_policy.rewrite(self.module, b, first + i) for i, b in enumerate(batches)]
-        num_positions = self.runtime.sum(self._on_device([sum(batch.unmasked for batch in batches)]))[0]
         regresses = objective.regresses(self.step)
+        if regresses:  # of the next token's state alone
+            batches = [batch._replace(chains=None) for batch in batches]
+        num_positions = self.runtime.sum(self._on_device([sum(batch.trained for batch in batches)]))[0]
         if objective.needs_batch_mu and objective.batch_mu is None and not regresses:
             objective.observe(self._measure_mu(batches, num_positions))
         for group in engine.optimizer.param_groups:
@@ -127,11 +139,12 @@ class Training:
             with self.phases("target"):
                 hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
             with self.phases("drafter"), reducing(engine, is_last=batch is batches[-1]):
+                whole, hidden = batch.unrolled(hidden)
                 if regresses and hidden is not None:
                     loss_function = objective.regression_loss(hidden)
                 else:
-                    loss_function = objective.loss(batch, hidden, num_positions)
-                loss, statistics = engine(batch.input_ids, batch.positions, loss_function, batch.documents)
+                    loss_function = objective.loss(whole, hidden, num_positions)
+                loss, statistics = engine(whole.input_ids, whole.positions, loss_function, whole.documents, whole.seen)
                 # The engine averages over micro-batches and ranks; this loss is already its share of the global mean.
                 engine.backward(loss * (len(batches) * self.runtime.world_size))
             totals += torch.cat([loss.detach().double()[None], statistics])
@@ -200,8 +213,11 @@ class Training:
         with self.module.evaluating():
             for batch in batches:
                 hidden = target(batch.input_ids, batch.positions, batch.documents) if target else None
-                loss_function = objective.loss(batch, hidden, num_positions)
-                _, statistics = self.module(batch.input_ids, batch.positions, loss_function, batch.documents)
+                whole, hidden = batch.unrolled(hidden)
+                loss_function = objective.loss(whole, hidden, num_positions)
+                _, statistics = self.module(
+                    whole.input_ids, whole.positions, loss_function, whole.documents, whole.seen
+                )
                 total += statistics[STATISTICS.index("mu")]
         return self.runtime.sum(total) / num_positions.clamp_min(1)
 

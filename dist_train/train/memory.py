@@ -91,21 +91,23 @@ def _step_bytes(
     The target's pass ends before the drafter's begins; the loss is taken, and differentiated to the hidden states and
     the head, while all that the blocks keep is there; then block after block is differentiated.
     """
-    train = config.train
-    rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), tokens)
+    train, parallel = config.train, config.drafter.parallel
+    drafted = int(tokens * parallel.positions) if parallel else tokens
+    rows = min(config.loss.chunk_size or chunk_rows(shape.vocab_size, on_gpu, alone=target is None), drafted)
     head_gradient = 4 * shape.vocab_size * shape.hidden_size
     kept, differentiated = activation_bytes(
         shape, width, checkpointing=train.gradient_checkpointing, compiled=train.compile is True
     )
     moments = [
         {
-            "activations": tokens * kept,
+            "activations": drafted * kept,
             "logit chunks": 4 * shape.vocab_size * (2 if target else 1) * rows + head_gradient,
         },
-        {"activations": tokens * differentiated, "logit chunks": head_gradient},
+        {"activations": drafted * differentiated, "logit chunks": head_gradient},
     ]
     if target is not None:
         states, block = _target_activation_bytes(target, tokens)
+        states += states // tokens * (drafted - tokens)
         moments = [moment | {"target activations": states} for moment in moments]
         moments.append({"target activations": states + block})
     return max(moments, key=lambda moment: sum(moment.values()))

@@ -13,6 +13,7 @@ from data_shards import ShardedTokens, TokenLoader
 from dist_train.config import DistillConfig, TrainConfig, save_config
 from dist_train.errors import LostPeerError, UserError
 from dist_train.losses import needs_target
+from dist_train.models.chains import Parallel, find_mask_id, parallel_of
 from dist_train.models.drafter import TrainableDrafter, drafter_config, load_drafter, new_drafter, warm_config
 from dist_train.models.load import check_target, read_target_config
 from dist_train.models.pairing import check_drafter
@@ -51,6 +52,7 @@ def check(config: TrainConfig) -> None:
     vocab_size = _vocab_size(config, tokenizer)
     if config.drafter.init_from is not None:
         check_drafter(config.drafter.init_from, "drafter.init_from", vocab_size, tokenizer)
+        _warm(config, tokenizer)
     else:
         _check_projected(config, _shape(config, tokenizer))
     if config.held_out is not None:
@@ -140,9 +142,8 @@ def checkpoints_bytes(config: TrainConfig) -> float:
 
 
 def _planned_shape(config: TrainConfig) -> Any:
-    if config.drafter.init_from is not None:
-        return _warm(config)
-    return _shape(config, named_tokenizer(config.target, config.tokenizer))
+    tokenizer = named_tokenizer(config.target, config.tokenizer)
+    return _shape(config, tokenizer) if config.drafter.init_from is None else _warm(config, tokenizer)
 
 
 def _tell_memory(config: TrainConfig, runtime: Runtime) -> None:
@@ -170,7 +171,7 @@ def _build(config: TrainConfig, runtime: Runtime) -> Training:
     # Cross-entropy alone takes nothing of the target but the size of its vocabulary.
     target = Target(config.target, runtime) if config.target and needs_target(config.objective) else None
     if config.drafter.init_from is not None:
-        model = load_drafter(config.drafter.init_from, config=_warm(config))
+        model = load_drafter(config.drafter.init_from, config=_warm(config, tokenizer))
     else:
         model = new_drafter(_shape(config, tokenizer), config.run.seed)
     regression = begin_projected(model, config, target, runtime) if config.drafter.projected and target else None
@@ -225,7 +226,31 @@ def _loader(config: TrainConfig, rank: int, world_size: int) -> TokenLoader:
 def _shape(config: TrainConfig, tokenizer: Tokenizer) -> Any:
     """The Hugging Face configuration of a drafter made from scratch."""
     target = read_target_config(config.target) if config.target else None
-    return drafter_config(config.drafter, _vocab_size(config, tokenizer), tokenizer.bos_id, tokenizer.eos_id, target)
+    vocab_size = _vocab_size(config, tokenizer)
+    shape = drafter_config(config.drafter, vocab_size, tokenizer.bos_id, tokenizer.eos_id, target)
+    return _in_one_pass(config, shape, tokenizer)
+
+
+def _in_one_pass(config: TrainConfig, shape: Any, tokenizer: Tokenizer) -> Any:
+    """`shape` with what the configuration says of drafting a block in one pass.
+
+    Raises UserError where it cannot be trained to, or would forget how.
+    """
+    section, before = config.drafter.parallel, parallel_of(shape)
+    if section is None:
+        if before is not None:
+            raise UserError(
+                f"drafter.init_from {config.drafter.init_from}: drafts {before.tokens} tokens in one pass; go on so, "
+                f"drafter.parallel.tokens={before.tokens}"
+            )
+        return shape
+    if "sliding_attention" in (getattr(shape, "layer_types", None) or ()) or getattr(shape, "sliding_window", None):
+        raise UserError(f"drafter.parallel: {shape.model_type} attends in a sliding window; warm-start from another")
+    if config.drafter.attention not in ("auto", "sdpa"):
+        raise UserError(f"drafter.attention {config.drafter.attention}: takes no mask of chains; leave it auto")
+    wanted = section.mask_id if before is None or section.mask_id is not None else before.mask_id
+    Parallel(section.tokens, find_mask_id(tokenizer, shape.vocab_size, wanted)).configure(shape)
+    return shape
 
 
 def _check_projected(config: TrainConfig, shape: Any) -> None:
@@ -240,9 +265,10 @@ def _check_projected(config: TrainConfig, shape: Any) -> None:
         )
 
 
-def _warm(config: TrainConfig) -> Any:
+def _warm(config: TrainConfig, tokenizer: Tokenizer) -> Any:
     """That of a drafter which is there, with the positions that this run gives it."""
-    return warm_config(config.drafter, read_target_config(config.target) if config.target else None)
+    shape = warm_config(config.drafter, read_target_config(config.target) if config.target else None)
+    return _in_one_pass(config, shape, tokenizer)
 
 
 def _name(config: TrainConfig) -> str:

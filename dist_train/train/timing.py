@@ -71,7 +71,9 @@ def throughput(config: TrainConfig, drafter: Any, target: Target | None, runtime
     """Of the drafter's forward and backward pass, three times a forward pass, and the target's forward pass."""
     length = config.data.sequence_length
     tokens = config.train.global_batch * length
+    parallel = config.drafter.parallel
     each = 3 * flops_per_token(drafter.config, matrix_parameters(drafter), length)
+    each *= parallel.positions if parallel else 1
     if target is not None:
         each += flops_per_token(target.config, target.matrix_parameters, length)
     return Throughput(tokens, each * tokens / runtime.world_size, peak_flops(runtime.device, config.train.precision))

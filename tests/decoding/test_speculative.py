@@ -19,6 +19,7 @@ from dist_train.decoding import speculative
 from dist_train.decoding.rows import Rows
 from dist_train.decoding.sampling import Sampler, draw, warp
 from dist_train.decoding.speculative import speculative_generate
+from dist_train.models.chains import Parallel
 
 EOS = 2
 
@@ -48,6 +49,13 @@ def pair():
             if weight.ndim > 1:
                 weight += 0.3 * weight.std() * torch.randn_like(weight)
     return drafter, target
+
+
+def in_one_pass(drafter, mask_id, tokens=5):
+    """A drafter of the same weights that drafts all tokens of a block at once."""
+    drafter = copy.deepcopy(drafter)
+    Parallel(tokens, mask_id).configure(drafter.config)
+    return drafter
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +148,22 @@ def reference_warp(logits, temperature, top_p):
 
 
 @pytest.mark.parametrize(
-    ("gamma", "temperature", "top_p", "draft_greedily"),
-    [(3, 1.0, 1.0, False), (3, 0.7, 0.8, False), (3, 1.0, 1.0, True), (3, 0.9, 0.9, True), (0, 0.9, 0.9, False)],
+    ("gamma", "temperature", "top_p", "draft_greedily", "one_pass"),
+    [
+        (3, 1.0, 1.0, False, False),
+        (3, 0.7, 0.8, False, False),
+        (3, 1.0, 1.0, True, False),
+        (3, 0.9, 0.9, True, False),
+        (0, 0.9, 0.9, False, False),
+        (3, 0.8, 0.9, False, True),
+        (3, 1.0, 1.0, True, True),
+    ],
 )
 @torch.no_grad()
-def test_sampled_tokens_follow_the_target_for_every_row(gamma, temperature, top_p, draft_greedily):
+def test_sampled_tokens_follow_the_target_for_every_row(gamma, temperature, top_p, draft_greedily, one_pass):
     """Chi-square over all continuations of three tokens, for rows of different lengths in one batch."""
     target, drafter = random_model(5, seed=3, width=16, layers=1), random_model(5, seed=4, width=16, layers=1)
+    drafter = in_one_pass(drafter, 4) if one_pass else drafter
     rows = [[1], [3, 4, 0, 1], [4, 4]]
     draws = 3000
     found = speculative_generate(
@@ -220,10 +237,11 @@ def test_the_same_seed_gives_the_same_tokens(pair, prompts):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("draft_greedily", [False, True])
-def test_neighbours_and_batch_size_change_nothing(pair, prompts, temperature, draft_greedily):
+@pytest.mark.parametrize(("draft_greedily", "one_pass"), [(False, False), (True, False), (False, True)])
+def test_neighbours_and_batch_size_change_nothing(pair, prompts, temperature, draft_greedily, one_pass):
     """A prompt's random numbers are its own, and rows that come and go do not touch each other."""
     drafter, target = pair
+    drafter = in_one_pass(drafter, 60) if one_pass else drafter
 
     def decode(some, **how):
         how = {"max_new_tokens": 24, "eos_ids": [EOS], "seed": 3, "draft_greedily": draft_greedily, **how}
@@ -234,6 +252,50 @@ def test_neighbours_and_batch_size_change_nothing(pair, prompts, temperature, dr
     for batch_size in (3, 8):
         assert decode(some, batch_size=batch_size) == whole
     assert decode(some[:1]).tokens == whole.tokens[:1]
+
+
+@torch.no_grad()
+def greedily_in_one_pass(drafter, target, prompt, gamma, limit):
+    """Without a cache: each draft from the text and masks alone; tokens, and how many each call of the target gave."""
+    text, blocks = list(prompt), []
+    while len(text) < len(prompt) + limit and EOS not in text[len(prompt) :]:
+        masked = [*text, *[drafter.config.pard_token] * (gamma - 1)]
+        drafts = drafter(torch.tensor([masked])).logits[0, -gamma:].argmax(-1).tolist()
+        own = target(torch.tensor([[*text, *drafts]])).logits[0, -gamma - 1 :].argmax(-1).tolist()
+        accepted = next((k for k in range(gamma) if drafts[k] != own[k]), gamma)
+        blocks.append(accepted + 1)
+        text += own[: accepted + 1]
+    new = text[len(prompt) :][:limit]
+    return new[: new.index(EOS) + 1] if EOS in new else new, blocks
+
+
+@pytest.mark.parametrize("gamma", [1, 2, 5])
+def test_a_block_in_one_pass_is_drafted_from_the_text_and_masks(pair, prompts, gamma):
+    """Rows that come and go in small batches; its caches never keep a mask."""
+    target = pair[1]
+    drafter = in_one_pass(target, 60)  # agrees on the first draft; on later ones by chance
+    found = speculative_generate(
+        drafter, target, prompts[::4], gamma, 0.0, max_new_tokens=24, eos_ids=[EOS], batch_size=4
+    )
+    for prompt, tokens, blocks in zip(prompts[::4], found.tokens, found.blocks, strict=True):
+        assert (tokens, blocks) == greedily_in_one_pass(drafter, target, prompt, gamma, 24)
+    assert max(map(max, found.blocks)) > 1
+
+
+def test_a_drafter_of_one_pass_makes_one_a_block(pair, prompts):
+    drafter, target = in_one_pass(pair[0], 60), pair[1]
+    passes = Counter()
+    hook = drafter.register_forward_pre_hook(lambda *_: passes.update(["drafter"]))
+    options = {"max_new_tokens": 12, "seed": 1}
+    found = speculative_generate(drafter, target, prompts[-1:], 4, 0.8, **options)
+    assert passes["drafter"] == 1 + len(found.blocks[0])  # and one for the prompt
+    passes.clear()
+    found = speculative_generate(drafter, target, prompts[-1:], 4, 0.8, one_by_one=True, **options)
+    assert passes["drafter"] == 1 + 4 * len(found.blocks[0])
+    hook.remove()
+    assert found == speculative_generate(pair[0], target, prompts[-1:], 4, 0.8, **options)
+    with pytest.raises(ValueError, match="at most 5 tokens"):
+        speculative_generate(drafter, target, prompts[-1:], 6, 0.8, **options)
 
 
 WINDOW = {"sliding_window": 8, "num_key_value_heads": 1}

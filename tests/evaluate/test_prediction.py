@@ -123,9 +123,9 @@ def test_thresholds_equal_a_replay_of_every_block(pair, prompts, temperature, gr
             verified += calls * np.bincount(kept, minlength=GAMMA + 1) / len(kept)
         mean = expected(counts, GAMMA, threshold, keeps_last=keeps_last)
         assert mean.tokens == pytest.approx(tokens_of_all / calls_of_all)
-        assert mean.drafts == pytest.approx(drafts_of_all / calls_of_all)
+        assert mean.passes == pytest.approx(drafts_of_all / calls_of_all)
         assert mean.verified == pytest.approx(verified / calls_of_all)
-        assert mean.drafts < GAMMA or threshold == 0.1
+        assert mean.passes < GAMMA or threshold == 0.1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
