@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shlex
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -22,6 +24,7 @@ from served_pair import (
 
 from data_shards.files import read_json
 from dist_train.errors import UserError
+from dist_train.models.chains import Parallel
 from dist_train.serving.launch import running
 from dist_train.serving.vllm import counted_between, vllm_command
 
@@ -83,6 +86,25 @@ def test_sampled_answers_have_the_targets_distribution(pair, drafting):
     assert_same_distribution(pair, short, temperature)
     blocks = many.decode(answers, temperature, draft_greedily=False).blocks
     assert_same_efficiency(counted.drafts, counted.accepted, blocks)
+
+
+def test_a_drafter_of_one_pass_drafts_as_ours_does(pair, start, tmp_path):
+    """Greedy, to the unit: the same masks at the same positions, and none that stays in a cache."""
+    folder, drafter = tmp_path / "drafter", copy.deepcopy(pair.drafter_model)
+    shutil.copytree(pair.drafter, folder)
+    Parallel(GAMMA, mask_id=5).configure(drafter.config)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "pard_token": 5, "parallel_tokens": GAMMA}))
+    one_pass = replace(pair, drafter_model=drafter)
+    with start(drafter=folder, gamma=GAMMA, parallel=True) as url:
+        answers = answered_by_vllm(url, pair.prompts)
+        counted = counters(url)
+    assert answers == pair.greedy
+    blocks = [block for of_prompt in one_pass.decode(pair.greedy).blocks for block in of_prompt]
+    assert {1, 2} <= {*blocks}  # its first drafts are good
+    assert counted_between({}, counted).by_position == tuple(
+        sum(block - 1 > place for block in blocks) for place in range(GAMMA)
+    )
 
 
 def test_evaluate_reads_its_counters(pair, drafting, tiny, command, tmp_path):
