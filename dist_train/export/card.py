@@ -14,6 +14,7 @@ import yaml
 from data_shards import DataError
 from dist_train.errors import UserError, without_passwords
 from dist_train.export.provenance import is_hub_id, public_name
+from dist_train.models.chains import Parallel
 from dist_train.models.drafter import find_model
 from dist_train.models.gguf import gguf_name
 from dist_train.reports.results import read_tables
@@ -43,6 +44,8 @@ class Facts:
     """prompts and tokens on which transformers' assisted generation gave the target's own greedy output"""
     gguf: str | None
     """type of the weights in drafter.gguf, if there is one"""
+    parallel: Parallel | None = None
+    """how it drafts a block in one pass, if it does"""
 
 
 def model_card(facts: Facts) -> str:
@@ -126,8 +129,18 @@ def _introduction(facts: Facts) -> str:
         f"A draft model for speculative decoding with {target}: it guesses the next tokens, the target checks them in "
         f"one pass, and the output stays the target's. Of no use on its own.\n\n"
         f"- {facts.parameters:,} parameters, `LlamaForCausalLM`, {facts.dtype}, {facts.positions:,} positions\n"
+        f"{_one_pass(facts.parallel)}"
         f"- tokenizer, special ids and chat template are the target's\n"
         f"- exported by dist-train {__version__}\n"
+    )
+
+
+def _one_pass(parallel: Parallel | None) -> str:
+    if parallel is None:
+        return ""
+    return (
+        f"- drafts up to {parallel.tokens} tokens in one pass (PARD, arXiv 2504.18583), behind the text mask tokens of "
+        f"id {parallel.mask_id}, where a server can; elsewhere it drafts one token a pass\n"
     )
 
 
@@ -163,6 +176,8 @@ _GAMMA = 3
 def _serving(facts: Facts) -> str:
     """The commands, as dist-train's tests run them against real servers (tests/serving/test_card.py)."""
     gamma = _GAMMA if facts.gamma is None else max(1, facts.gamma)
+    if facts.parallel is not None:
+        gamma = min(gamma, facts.parallel.tokens)
     chosen = "the best for one request at a time, as `dist-train evaluate` predicts for the machine that it ran on"
     if facts.gamma is None:
         chosen = "a guess, `dist-train evaluate` predicts the best"
@@ -176,9 +191,8 @@ def _serving(facts: Facts) -> str:
         else ""
     )
     sections = [_transformers(facts, gamma), _llama_cpp(facts, gamma, short), _vllm(facts, gamma, short)]
-    return "\n".join(
-        [f"## Serving\n\n{gamma} drafted tokens a block: {chosen}.{limit}\n", *sections, _sglang(facts, gamma, short)]
-    )
+    sections += [_sglang(facts, gamma, short), *_tensorrt_llm(facts, gamma)]
+    return "\n".join([f"## Serving\n\n{gamma} drafted tokens a block: {chosen}.{limit}\n", *sections])
 
 
 def _transformers(facts: Facts, gamma: int) -> str:
@@ -230,12 +244,14 @@ drafts all of a block; a higher one stops where the drafter is less sure.
 
 
 def _vllm(facts: Facts, gamma: int, short: bool) -> str:
-    speculative = {
+    speculative: dict[str, Any] = {
         "method": "draft_model",
         "model": facts.name,
         "num_speculative_tokens": gamma,
         "draft_sample_method": "probabilistic",
     }
+    if facts.parallel is not None:
+        speculative["parallel_drafting"] = True
     length = f" --max-model-len {facts.positions}" if short else ""
     return f"""vLLM. Without `draft_sample_method` it takes the likeliest tokens for drafts, and accepts fewer of them
 where the target samples.
@@ -256,6 +272,22 @@ python -m sglang.launch_server --model-path {_word(_named_target(facts))}{length
     --speculative-num-draft-tokens {gamma + 1}
 ```
 """
+
+
+def _tensorrt_llm(facts: Facts, gamma: int) -> list[str]:
+    """PARDDecodingConfig of its LLM API, which a drafter that takes a pass for each token has no use for."""
+    if facts.parallel is None:
+        return []
+    return [
+        f"""TensorRT-LLM. Unproven: the names are those of its documentation.
+
+```python
+speculative_config = PARDDecodingConfig(
+    max_draft_len={gamma}, speculative_model={facts.name!r}, mask_token_id={facts.parallel.mask_id}
+)
+```
+"""
+    ]
 
 
 def _named_target(facts: Facts) -> str:

@@ -68,6 +68,7 @@ def gate(folder: Path, reference: Reference, serving_length: int | None = None) 
         _special_ids(config, reference),
         _chat_template(folder, reference),
         _positions(config, reference, serving_length),
+        _drafting(config, reference),
         _safetensors_only(folder),
         *_weights(folder, config),
         _generation_config(folder, reference),
@@ -83,6 +84,7 @@ def source_gate(folder: Path, reference: Reference, serving_length: int | None =
         _architecture(config),
         _vocabulary(config, reference),
         _positions(config, reference, serving_length),
+        _drafting(config, reference),
         next(iter(_weights(folder, config))),
     ]
 
@@ -187,6 +189,22 @@ def _positions(config: dict[str, Any], reference: Reference, serving_length: int
             "positions", "failed", f"{found}, the target has {wanted}; servers stop drafting there, or end; {mend}"
         )
     return Check("positions", "failed", f"{found}, fewer than serving_length {serving_length}; {mend}")
+
+
+def _drafting(config: dict[str, Any], reference: Reference) -> Check:
+    """A block in one pass, where `pard_token` names what stands behind a text then, or a token a pass."""
+    mask, tokens = config.get("pard_token"), config.get("parallel_tokens")
+    if mask is None:
+        return Check("drafting", "ok", "one token a pass")
+    fault = None
+    if type(mask) is not int or not 0 <= mask < (reference.vocab_size or config.get("vocab_size") or 0):
+        fault = f"pard_token {mask!r} is no id of the vocabulary; {AGAIN}"
+    elif type(tokens) is not int or tokens < 2:
+        fault = f"parallel_tokens {tokens!r}: not so many can be drafted in one pass; {AGAIN}"
+    elif mask in {i for ids in reference.special.values() for i in token_ids(ids)}:
+        fault = f"pard_token {mask} is in texts and chats; train with another drafter.parallel.mask_id"
+    fine = f"up to {tokens} tokens in one pass in vLLM and TensorRT-LLM, elsewhere one token a pass"
+    return _verdict("drafting", fault, fine)
 
 
 def _safetensors_only(folder: Path) -> Check:

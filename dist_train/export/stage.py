@@ -13,6 +13,7 @@ from dist_train.export.folder import atomic_folder, refuse_foreign, write_marker
 from dist_train.export.gate import Check, gate, source_gate
 from dist_train.export.provenance import training_provenance
 from dist_train.export.reference import Reference, reference_of_target, reference_of_tokenizer, token_ids
+from dist_train.models.chains import parallel_of
 from dist_train.models.drafter import damaged_weights, find_model, load_drafter, read_drafter_config
 from dist_train.models.load import check_target, read_target_config
 from dist_train.models.pairing import refuse_other_pieces
@@ -122,6 +123,7 @@ def _write(config: ExportConfig, reference: Reference, folder: Path) -> None:
         results=measured(config.results, config.drafter) if config.results else None,
         assisted=assisted,
         gguf=config.outtype if config.gguf else None,
+        parallel=parallel_of(model.config),
     )
     (folder / "README.md").write_text(model_card(facts), encoding="utf-8")
     write_marker(folder, {"dist_train": __version__, "dtype": config.dtype, "training": provenance})

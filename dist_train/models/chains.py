@@ -77,13 +77,13 @@ def find_mask_id(tokenizer: Tokenizer, vocab_size: int, wanted: int | None) -> i
 
 class Chains(NamedTuple):
     """The masks behind a micro-batch [B, T], M a row: `anchors` [B, M], the position after which a mask's chain stands,
-    and `offsets` [B, M], its place in the chain, from 1 on; -1 is no mask but fills the row up. `count`: how many masks
+    and `offsets` [B, M], its place in the chain, from 1 on; -1 is no mask but fills the row up. `masks`: how many
     these are, `mask_id`: what they read.
     """
 
     anchors: Tensor
     offsets: Tensor
-    count: int
+    masks: int
     mask_id: int
 
     def behind(self, tokens: Tensor, masks: Tensor | int) -> Tensor:

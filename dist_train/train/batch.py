@@ -34,7 +34,7 @@ class DeviceBatch(NamedTuple):
     @property
     def trained(self) -> int:
         """Positions that are trained, those of the chains included."""
-        return self.unmasked + (self.chains.count if self.chains else 0)
+        return self.unmasked + (self.chains.masks if self.chains else 0)
 
     def unrolled(self, states: Tensor | None) -> tuple[DeviceBatch, Tensor | None]:
         """With its chains behind it, and the target's `states` [B, T, E] at the positions that each stands for."""

@@ -109,7 +109,7 @@ def test_an_exported_folder_passes(exported, verdicts):
     code, found = verdicts(exported)
     assert code == 0
     assert set(found.values()) == {"ok"}
-    assert len(found) == 12
+    assert len(found) == 13
 
 
 @pytest.mark.parametrize(
@@ -132,6 +132,9 @@ def test_an_exported_folder_passes(exported, verdicts):
         (edit("config.json", pad_token_id=0), {"special ids"}),
         (drop_template, {"chat template"}),
         (edit("tokenizer_config.json", chat_template="{{ messages }}"), {"chat template"}),
+        (edit("config.json", pard_token=320, parallel_tokens=4), {"drafting"}),
+        (edit("config.json", pard_token=2, parallel_tokens=4), {"drafting"}),
+        (edit("config.json", pard_token=5), {"drafting"}),
         (add("pytorch_model.bin"), {"safetensors only"}),
         (add("more/optimizer.PT"), {"safetensors only"}),
         (add("modeling.py"), {"safetensors only"}),
@@ -151,7 +154,7 @@ def test_one_change_is_found(exported, verdicts, tmp_path, doctor, failed):
     code, found = verdicts(folder)
     assert code == 1
     assert {name for name, verdict in found.items() if verdict == "failed"} == failed
-    assert len(found) == 12
+    assert len(found) == 13
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
@@ -171,6 +174,19 @@ def test_a_drafter_shorter_than_what_is_served(exported, verdicts, tmp_path):
     assert (lambda code, found: (code, found["positions"]))(*verdicts(folder)) == (1, "failed")
     assert (lambda code, found: (code, found["positions"]))(*verdicts(folder, "serving_length=64")) == (0, "ok")
     assert (lambda code, found: (code, found["positions"]))(*verdicts(folder, "serving_length=65")) == (1, "failed")
+
+
+def test_a_drafter_of_one_pass_tells_servers_how(exported, verdicts, command, tiny, tmp_path):
+    folder, out = tmp_path / "trained", tmp_path / "out"
+    shutil.copytree(exported, folder)
+    edit("config.json", pard_token=5, parallel_tokens=2)(folder)
+    assert verdicts(folder)[0] == 0
+    code, told, _ = command("export", f"drafter={folder}", f"target.path={tiny.target}", f"out={out}")
+    assert code == 0 and "up to 2 tokens in one pass" not in told
+    config, card = json.loads((out / "config.json").read_text()), (out / "README.md").read_text()
+    assert (config["pard_token"], config["parallel_tokens"]) == (5, 2)
+    assert '"num_speculative_tokens": 2' in card and '"parallel_drafting": true' in card
+    assert "max_draft_len=2" in card and "mask_token_id=5" in card
 
 
 def test_what_cannot_be_checked_is_one_line(refused, tiny, tmp_path):

@@ -142,9 +142,9 @@ def test_each_place_keeps_its_share_and_chains_have_no_holes():
         share = float((offsets == offset).sum()) / length
         assert share == pytest.approx(keep**offset, abs=5 * (0.25 / length) ** 0.5)
         assert {*anchors[offsets == offset].tolist()} <= {*anchors[offsets == max(1, offset - 1)].tolist()}
-    assert chains.count == len(anchors)
+    assert chains.masks == len(anchors)
     section = ParallelSection(tokens=tokens, keep=keep)
-    assert 1 + chains.count / length == pytest.approx(section.positions, rel=0.02)
+    assert 1 + chains.masks / length == pytest.approx(section.positions, rel=0.02)
     # At the eight tokens that drafters are trained for, a step is about three times as long.
     assert ParallelSection(tokens=8).positions < 3.2
 
@@ -159,7 +159,7 @@ def test_what_is_dropped_is_a_rows_own():
         mine = three.offsets[row] > 0
         assert three.anchors[row][mine].tolist() == one.anchors[0][one.offsets[0] > 0].tolist()
     other = lay_out(ids, positions, mask, Parallel(4, 99), 0.5, (7, 3))
-    assert other.count != three.count or not torch.equal(other.anchors, three.anchors)
+    assert other.masks != three.masks or not torch.equal(other.anchors, three.anchors)
 
 
 @pytest.fixture(scope="module")
