@@ -100,7 +100,7 @@ class Costs(NamedTuple):
 
 class Measured(NamedTuple):
     """The answers to all prompts of a task, the seconds from the first request to the last answer, and what calls cost,
-    timed before.
+    timed before and after.
     """
 
     answers: list[Answer]
@@ -189,7 +189,9 @@ def _keys(config: EvaluateConfig, tasks: Mapping[str, Prompts]) -> list[Key]:
 def _measure(
     client: Client, engine: Engine, config: EvaluateConfig, key: Key, prompts: Prompts, gamma: int, named: str
 ) -> Measured:
-    """All prompts of a task answered, `concurrency` at a time; before that the first few, to time single calls."""
+    """All prompts of a task answered, `concurrency` at a time; before and after, the first few, to time single calls: a
+    machine that others share is not equally fast at all times.
+    """
     _, limit, top_p = prompts.sampling.temperatures, prompts.sampling.max_new_tokens, prompts.sampling.top_p
     asked = [
         Asked(ids, limit, key.temperature, top_p, unit_seed(config.seed, key.task, i) % 2**31)
@@ -200,10 +202,13 @@ def _measure(
         f"{named}: {len(asked):,} prompts of task {key.task}, T {key.temperature:g}, {key.concurrency} at a time"
     ):
         _answers(client, engine, first, gamma, key.concurrency)
-        costs = _time_calls(client, engine, asked, gamma, key.concurrency)
+        before = _time_calls(client, engine, asked, gamma, key.concurrency)
         began = time.monotonic()
         answers = _answers(client, engine, asked, gamma, key.concurrency)
-        return Measured([one.answer for one in answers], time.monotonic() - began, costs)
+        seconds = time.monotonic() - began
+        after = _time_calls(client, engine, asked, gamma, key.concurrency)
+        costs = Costs(*(statistics.mean(pair) for pair in zip(before, after, strict=True)))
+        return Measured([one.answer for one in answers], seconds, costs)
 
 
 def _time_calls(client: Client, engine: Engine, asked: list[Asked], gamma: int, concurrency: int) -> Costs:

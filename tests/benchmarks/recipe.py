@@ -45,7 +45,6 @@ from dist_train.train.beginning import Regression
 from dist_train.train.objective import Objective
 
 GAMMAS, ROWS = (3, 5), 4
-MASKED_TEXT = 0.1  # of the rows of distillation, the paper's 9:1
 
 
 @dataclass(frozen=True)
@@ -57,30 +56,43 @@ class Recipe:
     projected: bool = True
     objective: str = "kld"
     rate: float = 1.5e-3
-    width: int = 256
+    width: int = 128
     layers: int = 1
+    tied: bool = False
+    text: float = 0.1  # of the rows, but in pretraining; the paper's 9:1
+    ends: float = 0.1  # the learning rate, of its peak
+    muon: bool = False  # for the layers' matrices, at ten times the rate
     uniform: bool = False  # the projection is of logits, not of distributions
     weighting: float = 0.5  # of the regression's dimensions, by this power of what an error of each costs
 
 
-PAPER = Recipe(pretrain=0.5, regression=0.0, projected=False, objective="tvdpp", rate=1e-3, layers=2)
+PAPER = Recipe(pretrain=0.5, regression=0.0, projected=False, objective="tvdpp", rate=1e-3)
 OURS = Recipe()
 RECIPES = {
     "paper": PAPER,
-    "paper, 1 layer": replace(PAPER, layers=1),
+    "paper, 256 wide": replace(PAPER, width=256),
+    "paper, 256 wide, 2 layers": replace(PAPER, width=256, layers=2),
+    "paper, 2 layers": replace(PAPER, layers=2),
     "paper, rate 3e-4": replace(PAPER, rate=3e-4),
     "paper, rate 3e-3": replace(PAPER, rate=3e-3),
-    "paper, rate 6e-3": replace(PAPER, rate=6e-3),
+    "paper, tied": replace(PAPER, tied=True),
+    "paper, to zero": replace(PAPER, ends=0.0),
     "ours": OURS,
     "ours, no regression": replace(OURS, regression=0.0),
     "ours, no projection": replace(OURS, regression=0.0, projected=False),
     "ours, uniform projection": replace(OURS, uniform=True),
     "ours, alike": replace(OURS, weighting=0.0),
+    "ours, tied": replace(OURS, tied=True),
+    "ours, to zero": replace(OURS, ends=0.0),
+    "ours, muon": replace(OURS, muon=True),
+    "ours, more text": replace(OURS, text=0.3),
     "ours, tvdpp": replace(OURS, objective="tvdpp"),
     "ours, lk": replace(OURS, objective="lk"),
-    "ours, regression 0.8": replace(OURS, regression=0.8),
+    "ours, regression 0.3": replace(OURS, regression=0.3),
+    "ours, regression 0.7": replace(OURS, regression=0.7),
     "ours, rate 3e-3": replace(OURS, rate=3e-3),
-    "ours, 128 wide": replace(OURS, width=128),
+    "ours, 192 wide": replace(OURS, width=192),
+    "ours, 256 wide": replace(OURS, width=256),
     "ours, 384 wide": replace(OURS, width=384),
     "ours, 2 layers": replace(OURS, layers=2),
     "ours, 4 layers": replace(OURS, layers=4),
@@ -101,6 +113,7 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
         num_attention_heads=recipe.width // 64,
         max_position_embeddings=target.max_position_embeddings,
         rope_parameters=target.rope_parameters,
+        tie_word_embeddings=recipe.tied,
     )
     model: Any = new_drafter(config, seed)
     compile_losses(recipe, model, material)
@@ -115,8 +128,9 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
         projection = project_head(material.head, geometry, recipe.width)
         with torch.no_grad():
             model.lm_head.weight.copy_(projection.head)
-            embedding = project_embedding(material.embedding, geometry.chances, recipe.width, 0.02)
-            model.model.embed_tokens.weight.copy_(embedding)
+            if not recipe.tied:
+                embedding = project_embedding(material.embedding, geometry.chances, recipe.width, 0.02)
+                model.model.embed_tokens.weight.copy_(embedding)
         regression = Regression(projection.states, projection.weights(recipe.weighting), 1, ROWS * LENGTH)
     drafter = TrainableDrafter(model)
     holder: Any = SimpleNamespace(head=material.head)
@@ -128,10 +142,7 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
             Objective({recipe.objective: 1.0}, LossSection(), holder, compile=True),
         ),
     }
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    others = [weight for weight in model.parameters() if weight.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+    optimizers = make_optimizers(recipe, model)
     rng = np.random.default_rng(seed)
     figures: dict[str, float] = {}
     ended = time.perf_counter() - began
@@ -142,11 +153,11 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
             # Each phase of the paper's has a schedule of its own; regression and what follows share one.
             whole = (first, last) if recipe.pretrain else (0.0, seconds)
             progress = (ended - whole[0]) / (whole[1] - whole[0])
-            for group in optimizer.param_groups:
-                group["lr"] = (
-                    recipe.rate * min(1.0, progress / 0.05 + 0.02) * (0.55 + 0.45 * math.cos(math.pi * progress))
-                )
-            batch, states = next_batch(material, rng, text=1.0 if name == "pretrain" else MASKED_TEXT)
+            decay = recipe.ends + (1 - recipe.ends) * (0.5 + 0.5 * math.cos(math.pi * progress))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = group["initial_lr"] * min(1.0, progress / 0.05 + 0.02) * decay
+            batch, states = next_batch(material, rng, text=1.0 if name == "pretrain" else recipe.text)
             loss_function = (
                 objective.regression_loss(states)
                 if name == "regression"
@@ -155,14 +166,30 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
             loss, _ = drafter(batch.input_ids, batch.positions, loss_function)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
             steps += 1
             figures[f"{name}_trained"] = figures.get(f"{name}_trained", 0.0) + batch.unmasked
             ended = time.perf_counter() - began
         figures[f"{name}_steps"], figures[f"{name}_loss"] = steps, float(loss.detach()) if steps else math.nan
     figures["flops"] = flops(figures, config, target.hidden_size)
     return model.eval(), figures
+
+
+def make_optimizers(recipe: Recipe, model: Any) -> list[torch.optim.Optimizer]:
+    """AdamW for all, or Muon for the matrices of the layers."""
+    layers = [w for name, w in model.named_parameters() if w.ndim == 2 and ".layers." in name] if recipe.muon else []
+    known = {id(weight) for weight in layers}
+    others = [weight for weight in model.parameters() if id(weight) not in known]
+    groups: list[dict[str, Any]] = [
+        {"params": [w for w in others if w.ndim > 1], "weight_decay": 0.1, "initial_lr": recipe.rate},
+        {"params": [w for w in others if w.ndim < 2], "weight_decay": 0.0, "initial_lr": recipe.rate},
+    ]
+    made: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)]
+    if layers:
+        made.append(torch.optim.Muon([{"params": layers, "initial_lr": 10 * recipe.rate}], weight_decay=0.1))
+    return made
 
 
 def compile_losses(recipe: Recipe, model: Any, material: Material) -> None:
@@ -194,11 +221,10 @@ def flops(figures: dict[str, float], shape: Any, wide: int) -> float:
 
 
 def next_batch(material: Material, rng: np.random.Generator, text: float) -> tuple[DeviceBatch, Tensor]:
-    """Rows at random, so many of them text in the mean, and the target's states there (of text alone: zeros)."""
+    """Rows at random, so many of them text in the mean, and the target's states there (of text alone: none)."""
     number = rng.binomial(ROWS, text)
     some = torch.from_numpy(rng.integers(0, len(material.ids), ROWS - number))
-    known = len(material.text) if text == 1 else len(material.text_states)
-    texts = torch.from_numpy(rng.integers(0, known, number))
+    texts = torch.from_numpy(rng.integers(0, len(material.text), number))
     ids = torch.cat([material.ids[some], material.text[texts]])
     answers = torch.cat([material.mask[some], torch.ones(number, LENGTH, dtype=torch.bool)])
     mask = torch.zeros_like(answers)

@@ -32,7 +32,7 @@ from dist_train.models.target_tokenizer import named_tokenizer
 
 LENGTH, NEW_TOKENS = 192, 64
 TEMPERATURES, SERVED = (0.0, 0.7, 1.0), (0.0, 0.7)
-TEXT_ROWS, TEXT_ROWS_WITH_STATES = 512, 96
+TEXT_ROWS = 512
 PIECE = 128  # prompts answered, or rows gone through, between two savings
 
 Rows = list[tuple[list[int], list[int]]]  # (prompt, answer) as token ids
@@ -42,8 +42,8 @@ Rows = list[tuple[list[int], list[int]]]  # (prompt, answer) as token ids
 class Material:
     """Rows padded to LENGTH: `ids` [N, LENGTH] and `mask` (answers) of conversations, `states` [N, LENGTH, E] bf16.
 
-    `text` [M, LENGTH], of which the first `len(text_states)` have states. `held_out[task, temperature]`: rows, and the
-    target's log q of each answer's tokens at that temperature (at 0: unused).
+    `text` [M, LENGTH] and its `text_states` likewise. `held_out[task, temperature]`: rows, and the target's log q of
+    each answer's tokens at that temperature (at 0: unused).
     """
 
     config: Any
@@ -111,7 +111,7 @@ def make(target: str, data: Path, out: Path, seeds: int, held_out: int) -> Mater
     ids, mask = _padded(conversations)
     text = torch.tensor(prompts["text"])
     states = _states(model, ids, out / "states.npy")
-    text_states = _states(model, text[:TEXT_ROWS_WITH_STATES], out / "text_states.npy")
+    text_states = _states(model, text, out / "text_states.npy")
     random.Random(0).shuffle(order := list(range(len(ids))))
     checked = {}
     for task in TASKS:
