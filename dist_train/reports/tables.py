@@ -97,7 +97,7 @@ def prediction_tables(prediction: Mapping[str, Any]) -> dict[str, Table]:
             row["drafter"],
             f"{row['batch_size']}",
             f"{1000 * row['plain_seconds']:.3g}",
-            f"{row['draft']:.3f}",
+            f"{row['draft']:.3f}{' a block' if row.get('one_pass') else ''}",
             f"{row['draft_by_bytes']:.3f}",
             f"{row['draft_by_parameters']:.3f}",
             _numbers(row["verify"]),

@@ -38,6 +38,7 @@ from transformers import LlamaConfig
 
 from dist_train.config import LossSection
 from dist_train.losses import Head
+from dist_train.models.chains import Parallel, lay_out, parallel_of
 from dist_train.models.drafter import TrainableDrafter, new_drafter
 from dist_train.models.projection import Geometry, measure, project_embedding, project_head, reach
 from dist_train.train.batch import DeviceBatch
@@ -62,6 +63,8 @@ class Recipe:
     text: float = 0.1  # of the rows, but in pretraining; the paper's 9:1
     ends: float = 0.1  # the learning rate, of its peak
     muon: bool = False  # for the layers' matrices, at ten times the rate
+    parallel: int = 0  # tokens drafted in one pass; 0: one a pass
+    keep: float = 0.7
     uniform: bool = False  # the projection is of logits, not of distributions
     weighting: float = 0.5  # of the regression's dimensions, by this power of what an error of each costs
 
@@ -96,6 +99,9 @@ RECIPES = {
     "ours, 384 wide": replace(OURS, width=384),
     "ours, 2 layers": replace(OURS, layers=2),
     "ours, 4 layers": replace(OURS, layers=4),
+    "ours, one pass": replace(OURS, parallel=5),
+    "ours, 2 layers, one pass": replace(OURS, layers=2, parallel=5),
+    "ours, one pass, keep 0.5": replace(OURS, parallel=5, keep=0.5),
 }
 
 
@@ -115,6 +121,9 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
         rope_parameters=target.rope_parameters,
         tie_word_embeddings=recipe.tied,
     )
+    parallel = Parallel(recipe.parallel, material.mask_id) if recipe.parallel else None
+    if parallel:
+        parallel.configure(config)
     model: Any = new_drafter(config, seed)
     compile_losses(recipe, model, material)
     began = time.perf_counter()  # projecting is part of the recipe
@@ -158,12 +167,17 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
                 for group in optimizer.param_groups:
                     group["lr"] = group["initial_lr"] * min(1.0, progress / 0.05 + 0.02) * decay
             batch, states = next_batch(material, rng, text=1.0 if name == "pretrain" else recipe.text)
+            wanted: Tensor | None = None if name == "pretrain" else states
+            if parallel and name != "regression":
+                arrays = (each.numpy() for each in (batch.input_ids, batch.positions, batch.mask))
+                chains = lay_out(*arrays, parallel, recipe.keep, (seed, steps))
+                batch, wanted = batch._replace(chains=chains).unrolled(wanted)
             loss_function = (
                 objective.regression_loss(states)
                 if name == "regression"
-                else objective.loss(batch, None if name == "pretrain" else states, max(batch.unmasked, 1))
+                else objective.loss(batch, wanted, max(batch.unmasked, 1))
             )
-            loss, _ = drafter(batch.input_ids, batch.positions, loss_function)
+            loss, _ = drafter(batch.input_ids, batch.positions, loss_function, None, batch.seen)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
@@ -171,6 +185,7 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
                 optimizer.zero_grad(set_to_none=True)
             steps += 1
             figures[f"{name}_trained"] = figures.get(f"{name}_trained", 0.0) + batch.unmasked
+            figures["positions"] = figures.get("positions", 0.0) + batch.input_ids.numel()
             ended = time.perf_counter() - began
         figures[f"{name}_steps"], figures[f"{name}_loss"] = steps, float(loss.detach()) if steps else math.nan
     figures["flops"] = flops(figures, config, target.hidden_size)
@@ -211,12 +226,11 @@ def flops(figures: dict[str, float], shape: Any, wide: int) -> float:
     """Of the training: passes of the drafter's layers, and products with the two heads at trained positions."""
     d, v = shape.hidden_size, shape.vocab_size
     layers = shape.num_hidden_layers * (4 * d * d + 3 * d * shape.intermediate_size)
-    steps = sum(figures[f"{name}_steps"] for name in ("pretrain", "regression", "distil"))
     scored = figures.get("distil_trained", 0)
     ours = 6 * d * v * (figures.get("pretrain_trained", 0) + scored)
     theirs = 2 * wide * v * scored
     return (
-        6 * layers * steps * ROWS * LENGTH + ours + theirs + 2 * wide * d * figures["regression_steps"] * ROWS * LENGTH
+        6 * layers * figures["positions"] + ours + theirs + 2 * wide * d * figures["regression_steps"] * ROWS * LENGTH
     )
 
 
@@ -243,32 +257,54 @@ def next_batch(material: Material, rng: np.random.Generator, text: float) -> tup
 
 
 @torch.inference_mode()
-def chances(model: Any, material: Material) -> Iterator[tuple[str, float, list[list[float]]]]:
-    """(task, temperature, the chance of each token of each answer that its draft is accepted)."""
-    head = Head(model.lm_head.weight)
+def chances(model: Any, material: Material) -> Iterator[tuple[str, float, list[Tensor]]]:
+    """(task, temperature, of each answer the chances [N, gamma] that the drafts after each of its tokens are accepted,
+    the largest gamma; those beyond its end are 1).
+    """
+    head, parallel = Head(model.lm_head.weight), parallel_of(model.config)
+    drafter = TrainableDrafter(model)
     for (task, temperature), (rows, log_q) in material.held_out.items():
         found = []
         for (prompt, answer), logs in zip(rows, log_q, strict=True):
-            ids = torch.tensor([[*prompt, *answer]])
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 : -1]
-            logits, said = head.logits(hidden), torch.tensor(answer)
+            ids, place = torch.tensor([[*prompt, *answer]]), torch.arange(len(prompt) + len(answer))[None]
+            trained = (place >= len(prompt) - 1) & (place < place.shape[1] - 1)
+            batch: Any = DeviceBatch(ids, ids.roll(-1, 1), trained, place, None, len(answer))  # type: ignore[arg-type]
+            if parallel:
+                chains = lay_out(ids.numpy(), place.numpy(), trained.numpy(), parallel, 1.0, (0,))
+                batch = batch._replace(chains=chains)
+            whole, _ = batch.unrolled(None)
+            hidden = drafter(whole.input_ids, whole.positions, lambda hidden, head: hidden, None, whole.seen)
+            hidden, labels = hidden[whole.mask], whole.labels[whole.mask]
+            logits = head.logits(hidden)
             if temperature == 0:
-                found.append((logits.argmax(-1) == said).double().tolist())
+                accepted = (logits.argmax(-1) == labels).double()
             else:
-                log_p = (logits / temperature).log_softmax(-1).gather(1, said[:, None])[:, 0]
-                found.append((log_p - logs).clamp(max=0).exp().tolist())
+                log_p = (logits / temperature).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+                q = torch.zeros(place.shape[1], dtype=logs.dtype)
+                q[len(prompt) - 1 : -1] = logs
+                theirs = q[batch.chains.places(place.shape[1])[whole.mask]] if parallel else logs
+                accepted = (log_p - theirs).clamp(max=0).exp().double()
+            table = torch.ones(len(answer), max(GAMMAS), dtype=torch.float64)
+            if parallel:
+                laid = torch.zeros(whole.mask.shape, dtype=torch.float64)
+                laid[whole.mask] = accepted
+                by_place = batch.chains.by_place(laid, trained, parallel.tokens)[0, len(prompt) - 1 : -1]
+                table[:, : parallel.tokens] = by_place.nan_to_num(1.0)
+            else:
+                padded = torch.cat([accepted, torch.ones(max(GAMMAS), dtype=torch.float64)])
+                table = padded.unfold(0, max(GAMMAS), 1)[: len(answer)]
+            found.append(table)
         yield task, temperature, found
 
 
-def calls(accepted: list[float], gamma: int) -> float:
-    """The expected number of the target's calls that a text takes whose drafts are accepted with these chances."""
+def calls(accepted: list[list[float]], gamma: int) -> float:
+    """The expected number of the target's calls that a text takes, `accepted` as `chances` has them."""
     needed = [0.0] * (len(accepted) + gamma + 2)
     for start in reversed(range(len(accepted))):
         alive, total = 1.0, 1.0
         for k in range(gamma):
-            chance = accepted[start + k] if start + k < len(accepted) else 1.0
-            total += alive * (1 - chance) * needed[start + k + 1]
-            alive *= chance
+            total += alive * (1 - accepted[start][k]) * needed[start + k + 1]
+            alive *= accepted[start][k]
         needed[start] = total + alive * needed[start + gamma + 1]
     return needed[0]
 
@@ -287,8 +323,8 @@ def cell(name: str, seed: int, options: argparse.Namespace) -> None:
     for task, temperature, accepted in chances(model, material):
         for gamma in GAMMAS:
             key = f"{task}, gamma {gamma}, T {temperature:g}"
-            found[key] = [[len(one), calls(one, gamma)] for one in accepted if one]
-        every = np.concatenate(accepted)
+            found[key] = [[len(one), calls(one.tolist(), gamma)] for one in accepted if len(one)]
+        every = torch.cat([one[:, 0] for one in accepted])
         figures[f"acceptance, {task}, T {temperature:g}"] = float(every.mean())
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"figures": figures, "found": found}))

@@ -25,6 +25,7 @@ from torch import Tensor
 from dist_train.config import TargetSection
 from dist_train.decoding.speculative import generate
 from dist_train.losses import Head
+from dist_train.models.chains import find_mask_id
 from dist_train.models.gguf import unpacked_gguf
 from dist_train.models.load import read_generation_config
 from dist_train.models.target import load_decoder
@@ -43,7 +44,7 @@ class Material:
     """Rows padded to LENGTH: `ids` [N, LENGTH] and `mask` (answers) of conversations, `states` [N, LENGTH, E] bf16.
 
     `text` [M, LENGTH] and its `text_states` likewise. `held_out[task, temperature]`: rows, and the target's log q of
-    each answer's tokens at that temperature (at 0: unused).
+    each answer's tokens at that temperature (at 0: unused). `mask_id` is in no text.
     """
 
     config: Any
@@ -55,6 +56,7 @@ class Material:
     text: Tensor
     text_states: Tensor
     held_out: dict[tuple[str, float], tuple[Rows, list[Tensor]]]
+    mask_id: int
 
 
 def make(target: str, data: Path, out: Path, seeds: int, held_out: int) -> Material:
@@ -121,7 +123,9 @@ def make(target: str, data: Path, out: Path, seeds: int, held_out: int) -> Mater
             log_q = _kept(path, partial(_log_q, model, head, rows, temperature))
             checked[task, temperature] = (rows, [torch.tensor(one) for one in log_q])
     embedding = model.get_input_embeddings().weight.detach()
-    return Material(model.config, head, embedding, ids[order], mask[order], states[order], text, text_states, checked)
+    own = (ids[order], mask[order], states[order])
+    mask_id = find_mask_id(tokenizer, model.config.vocab_size, None)
+    return Material(model.config, head, embedding, *own, text, text_states, checked, mask_id)
 
 
 def _kept(path: Path, make: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ import torch
 from runs import MIXED, arguments, distillation, figures, losses, run_by, weights
 from transformers import LlamaConfig
 
+from data_shards.files import read_json
 from dist_train.config import LossSection
 from dist_train.config.train import ParallelSection
 from dist_train.losses import Head
@@ -222,8 +223,45 @@ def test_held_out_figures_are_by_place(tiny, cli, tmp_path):
         (["drafter.parallel={tokens: 3, keep: 0}"], "drafter.parallel.keep"),
         (["drafter.parallel={tokens: 3, mask_id: 5000000}"], "mask_id 5000000: no token"),
         (["drafter.parallel={tokens: 3, mask_id: 100}"], "mask_id 100: a token of texts or chats"),
+        ([*PARALLEL, "held_out={path: x, gammas: [4]}"], "held_out.gammas: 4 is more than drafter.parallel.tokens 3"),
         ([*PARALLEL, "drafter.attention=eager"], "drafter.attention eager: takes no mask of chains"),
     ],
 )
 def test_what_does_not_go_together_is_refused(tiny, refused, tmp_path, words, told):
     assert told in refused(*distillation(tiny, tmp_path / "run", *words))
+
+
+def test_no_more_is_drafted_than_was_trained(tiny, refused, one_rank, tmp_path):
+    words = [f"target.path={tiny.target}", f"drafters={{ours: {one_rank}}}", f"out={tmp_path / 'out'}"]
+    tasks = f"tasks=[{{name: chat, inputs: {tiny.chat_lines}, limit: 4}}]"
+    assert "drafter ours: drafts at most 3 tokens in its one pass" in refused(
+        "evaluate", *words, tasks, "gammas=[3, 5]"
+    )
+
+
+def test_an_evaluation_counts_its_passes(tiny, command, one_rank, tmp_path):
+    """MBSU with one pass a block, and its cost beside that of the same drafter's token a pass."""
+    out = tmp_path / "out"
+    code, _, complaint = command(
+        "evaluate",
+        f"target.path={tiny.target}",
+        f"drafters={{ours: {one_rank}}}",
+        f"tasks=[{{name: chat, inputs: {tiny.chat_lines}, limit: 8}}]",
+        f"out={out}",
+        "temperatures=[0.7]",
+        "gammas=[3]",
+        "max_new_tokens=12",
+        "drafting=[sampled, vllm, llama.cpp]",
+        "prediction={seconds: 5, batch_sizes: [1]}",
+    )
+    assert code == 0, complaint
+    found = read_json(out / "results.json")
+    ratio = found["drafters"]["ours"]["ratio"]
+    passes = {"sampled": 1, "vllm": 1, "llama.cpp": 3}
+    for row in found["rows"]:
+        expected = row["block_efficiency"]["value"] / (ratio * passes[row["drafting"]] + 1)
+        assert row["mbsu"] == pytest.approx(expected)
+    (cost,) = found["prediction"]["costs"]
+    for row in found["prediction"]["speed_ups"]:
+        spent = passes[row["drafting"]] * cost["draft"] + cost["verify"][2]
+        assert row["speed_up"][2] == pytest.approx(row["tokens_per_call"][2] / spent)
