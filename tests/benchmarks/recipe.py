@@ -20,7 +20,6 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,19 +32,20 @@ import numpy as np
 import torch
 from alignment import TASKS
 from recipe_material import LENGTH, SERVED, Material, make
+from recipe_measure import GAMMAS, calls, chances
 from torch import Tensor
 from transformers import LlamaConfig
 
 from dist_train.config import LossSection
 from dist_train.losses import Head
-from dist_train.models.chains import Parallel, lay_out, parallel_of
+from dist_train.models.chains import Parallel, lay_out
 from dist_train.models.drafter import TrainableDrafter, new_drafter
 from dist_train.models.projection import Geometry, measure, project_embedding, project_head, reach
 from dist_train.train.batch import DeviceBatch
 from dist_train.train.beginning import Regression
 from dist_train.train.objective import Objective
 
-GAMMAS, ROWS = (3, 5), 4
+ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,8 @@ def train(recipe: Recipe, material: Material, seed: int, seconds: float) -> tupl
             batch, states = next_batch(material, rng, text=1.0 if name == "pretrain" else recipe.text)
             wanted: Tensor | None = None if name == "pretrain" else states
             if parallel and name != "regression":
-                arrays = (each.numpy() for each in (batch.input_ids, batch.positions, batch.mask))
-                chains = lay_out(*arrays, parallel, recipe.keep, (seed, steps))
+                ids, positions, mask = (each.numpy() for each in (batch.input_ids, batch.positions, batch.mask))
+                chains = lay_out(ids, positions, mask, parallel, recipe.keep, (seed, steps))
                 batch, wanted = batch._replace(chains=chains).unrolled(wanted)
             loss_function = (
                 objective.regression_loss(states)
@@ -253,60 +253,7 @@ def next_batch(material: Material, rng: np.random.Generator, text: float) -> tup
     return DeviceBatch(ids, labels, mask, positions, documents, int(mask.sum())), states
 
 
-# -- block efficiency -------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def chances(model: Any, material: Material) -> Iterator[tuple[str, float, list[Tensor]]]:
-    """(task, temperature, of each answer the chances [N, gamma] that the drafts after each of its tokens are accepted,
-    the largest gamma; those beyond its end are 1).
-    """
-    head, parallel = Head(model.lm_head.weight), parallel_of(model.config)
-    drafter = TrainableDrafter(model)
-    for (task, temperature), (rows, log_q) in material.held_out.items():
-        found = []
-        for (prompt, answer), logs in zip(rows, log_q, strict=True):
-            ids, place = torch.tensor([[*prompt, *answer]]), torch.arange(len(prompt) + len(answer))[None]
-            trained = (place >= len(prompt) - 1) & (place < place.shape[1] - 1)
-            batch: Any = DeviceBatch(ids, ids.roll(-1, 1), trained, place, None, len(answer))  # type: ignore[arg-type]
-            if parallel:
-                chains = lay_out(ids.numpy(), place.numpy(), trained.numpy(), parallel, 1.0, (0,))
-                batch = batch._replace(chains=chains)
-            whole, _ = batch.unrolled(None)
-            hidden = drafter(whole.input_ids, whole.positions, lambda hidden, head: hidden, None, whole.seen)
-            hidden, labels = hidden[whole.mask], whole.labels[whole.mask]
-            logits = head.logits(hidden)
-            if temperature == 0:
-                accepted = (logits.argmax(-1) == labels).double()
-            else:
-                log_p = (logits / temperature).log_softmax(-1).gather(1, labels[:, None])[:, 0]
-                q = torch.zeros(place.shape[1], dtype=logs.dtype)
-                q[len(prompt) - 1 : -1] = logs
-                theirs = q[batch.chains.places(place.shape[1])[whole.mask]] if parallel else logs
-                accepted = (log_p - theirs).clamp(max=0).exp().double()
-            table = torch.ones(len(answer), max(GAMMAS), dtype=torch.float64)
-            if parallel:
-                laid = torch.zeros(whole.mask.shape, dtype=torch.float64)
-                laid[whole.mask] = accepted
-                by_place = batch.chains.by_place(laid, trained, parallel.tokens)[0, len(prompt) - 1 : -1]
-                table[:, : parallel.tokens] = by_place.nan_to_num(1.0)
-            else:
-                padded = torch.cat([accepted, torch.ones(max(GAMMAS), dtype=torch.float64)])
-                table = padded.unfold(0, max(GAMMAS), 1)[: len(answer)]
-            found.append(table)
-        yield task, temperature, found
-
-
-def calls(accepted: list[list[float]], gamma: int) -> float:
-    """The expected number of the target's calls that a text takes, `accepted` as `chances` has them."""
-    needed = [0.0] * (len(accepted) + gamma + 2)
-    for start in reversed(range(len(accepted))):
-        alive, total = 1.0, 1.0
-        for k in range(gamma):
-            total += alive * (1 - accepted[start][k]) * needed[start + k + 1]
-            alive *= accepted[start][k]
-        needed[start] = total + alive * needed[start + gamma + 1]
-    return needed[0]
+# -- cells ---------------------------------------------------------------------------------------------------------
 
 
 def cell(name: str, seed: int, options: argparse.Namespace) -> None:
