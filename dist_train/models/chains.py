@@ -34,8 +34,10 @@ class Parallel(NamedTuple):
     mask_id: int
 
     def configure(self, config: Any) -> None:
-        """Write it into a Hugging Face configuration: `pard_token` is what vLLM reads (0.32,
-        v1/spec_decode/llm_base_proposer.py); how many were trained, it is told when it is started."""
+        """Write it into a Hugging Face configuration.
+
+        vLLM reads `pard_token` (0.32, v1/spec_decode/llm_base_proposer.py), and is told how many tokens to draft.
+        """
         config.pard_token, config.parallel_tokens = self.mask_id, self.tokens
 
 

@@ -98,12 +98,14 @@ def _step_bytes(
     kept, differentiated = activation_bytes(
         shape, width, checkpointing=train.gradient_checkpointing, compiled=train.compile is True
     )
+    # What each position of a sequence and its chains sees, as bool and as the kernel takes it.
+    seen = drafted * drafted // train.micro_batch * (1 + width) if parallel else 0
     moments = [
         {
-            "activations": drafted * kept,
+            "activations": drafted * kept + seen,
             "logit chunks": 4 * shape.vocab_size * (2 if target else 1) * rows + head_gradient,
         },
-        {"activations": drafted * differentiated, "logit chunks": head_gradient},
+        {"activations": drafted * differentiated + seen, "logit chunks": head_gradient},
     ]
     if target is not None:
         states, block = _target_activation_bytes(target, tokens)

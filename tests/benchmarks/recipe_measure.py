@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dist_train.losses import Head
 from dist_train.models.chains import lay_out, parallel_of
-from dist_train.models.drafter import TrainableDrafter
 from dist_train.train.batch import DeviceBatch
 
 GAMMAS = (3, 5)
@@ -23,7 +22,6 @@ def chances(model: Any, material: Material) -> Iterator[tuple[str, float, list[T
     the largest gamma; those beyond its end are 1).
     """
     head, parallel = Head(model.lm_head.weight), parallel_of(model.config)
-    drafter = TrainableDrafter(model)
     for (task, temperature), (rows, log_q) in material.held_out.items():
         found = []
         for (prompt, answer), logs in zip(rows, log_q, strict=True):
@@ -34,8 +32,9 @@ def chances(model: Any, material: Material) -> Iterator[tuple[str, float, list[T
                 chains = lay_out(ids.numpy(), place.numpy(), trained.numpy(), parallel, 1.0, (0,))
                 batch = batch._replace(chains=chains)
             whole, _ = batch.unrolled(None)
-            hidden = drafter(whole.input_ids, whole.positions, lambda hidden, head: hidden, None, whole.seen)
-            hidden, labels = hidden[whole.mask], whole.labels[whole.mask]
+            read = {"position_ids": whole.positions, "attention_mask": whole.seen, "use_cache": False}
+            hidden = model.model(input_ids=whole.input_ids, **read).last_hidden_state[whole.mask]
+            labels = whole.labels[whole.mask]
             logits = head.logits(hidden)
             if temperature == 0:
                 accepted = (logits.argmax(-1) == labels).double()
