@@ -42,7 +42,7 @@ _LEAST_STEPS, _LEAST_PROMPTS, _MOST_PROMPTS = 10, 8, 128
 # What decoding a token with drafts takes, in tokens of plain decoding in full batches: on a CPU verifying gamma + 1
 # tokens costs about as much as so many steps, and few drafts are accepted.
 _DRAFTED_TOKEN = 3.5
-_DRAFTER: dict[str, Any] = {"hidden_size": 128, "layers": 1, "heads": 2, "mlp_size": 344, "tie_embeddings": True}
+_DRAFTER: dict[str, Any] = {"hidden_size": 128, "layers": 1, "heads": 2, "mlp_size": 344, "tie_embeddings": False}
 _SERVER_STARTS = {"llama.cpp": 10.0, "vllm": 150.0}  # seconds, with a drafter and without one
 
 
