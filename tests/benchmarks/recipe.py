@@ -257,15 +257,14 @@ def next_batch(material: Material, rng: np.random.Generator, text: float) -> tup
 
 
 def cell(name: str, seed: int, options: argparse.Namespace) -> None:
-    """Train and measure one recipe once; kept as JSON, and of the first seed the drafter, too."""
+    """Train and measure one recipe once; kept as JSON, and the drafter, too."""
     path = options.out / "cells" / f"{name}-{seed}-{options.seconds:g}.json"
     if path.exists():
         return
     torch.set_num_threads(1)
     material = make(options.target, options.data, options.out / "material", options.answers, options.held_out)
     model, figures = train(RECIPES[name], material, seed, options.seconds)
-    if seed == 0:
-        model.save_pretrained(options.out / "drafters" / name)
+    model.save_pretrained(options.out / "drafters" / f"{name}-{seed}")
     found: dict[str, list[list[float]]] = {}
     for task, temperature, accepted in chances(model, material):
         for gamma in GAMMAS:
