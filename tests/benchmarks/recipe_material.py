@@ -85,13 +85,16 @@ def make(target: str, data: Path, out: Path, seeds: int, held_out: int) -> Mater
         kept = {task: distinct(r for r in others if kind(r) == task and len(r["prompt"]) <= 600) for task in TASKS}
         apart = without_passages_of([r for records in kept.values() for r in records[: 3 * held_out]], train)
         wanted = distinct(r for r in apart if kind(r) in TASKS[:2] and len(r["prompt"]) <= 600)
-        of_tasks = [r for r in apart if kind(r) in TASKS]
-        read_as_text, rest = of_tasks[: 8 * TEXT_ROWS], of_tasks[8 * TEXT_ROWS :]
-        texts = [f"{r['prompt'].strip()} {r['response']}" for r in read_as_text]
-        flat = [token for ids in tokenizer.encode_batch(texts) for token in [*ids, tokenizer.eos_id]]
+        of_tasks, read_as_text = [r for r in apart if kind(r) in TASKS], list[dict[str, str]]()
+        flat: list[int] = []
+        while len(flat) < TEXT_ROWS * LENGTH:
+            some, of_tasks = of_tasks[:PIECE], of_tasks[PIECE:]
+            read_as_text += some
+            texts = [f"{r['prompt'].strip()} {r['response']}" for r in some]
+            flat += [token for ids in tokenizer.encode_batch(texts) for token in [*ids, tokenizer.eos_id]]
         # The evaluation's own records of the last task are too few.
-        unseen = [r for r in rest if kind(r) == TASKS[2] and len(r["prompt"]) <= 600]
-        kept[TASKS[2]] += without_passages_of(read_as_text, distinct(unseen[: 8 * held_out]))
+        unseen = distinct(r for r in of_tasks if kind(r) == TASKS[2] and len(r["prompt"]) <= 600)
+        kept[TASKS[2]] += without_passages_of(read_as_text, unseen[: 8 * held_out])
         return {
             "seeds": encoded(wanted, seeds),
             "text": [flat[i * LENGTH : (i + 1) * LENGTH] for i in range(TEXT_ROWS)],
