@@ -74,7 +74,7 @@ def find_mask_id(tokenizer: Tokenizer, vocab_size: int, wanted: int | None) -> i
         raise UserError(
             f"{tokenizer.source}: no id is in reserve, every one is in texts or chats: no drafter.parallel for it"
         )
-    return min(reserved or free)
+    return min(reserved) if reserved else max(free)  # the first ones tend to be ends of documents
 
 
 class Chains(NamedTuple):
