@@ -45,10 +45,10 @@ def speculative_generate(
     `drafter` and `target` are Hugging Face causal language models of one vocabulary; without a drafter, or with gamma
     0, this is plain decoding. Temperature 0 is greedy. The drafter samples under the same temperature and top-p, or
     `draft_top_p` in its place, or, with `draft_greedily`, takes its likeliest token, as servers do by default. One that
-    drafts in one pass (`models.chains`) takes a pass for each token with `one_by_one`. With
-    `record_confidences` the drafter's confidence in each draft comes along (`draft.Draft`). `batch_size` prompts
-    are decoded at a time (None: all). The random numbers of a prompt are its own, from `seed` and its place in
-    `input_ids`: batch size and neighbours do not change them.
+    drafts in one pass (`models.chains`) takes a pass for each token with `one_by_one`. With `record_confidences` the
+    drafter's confidence in each draft comes along (`draft.Draft`). `batch_size` prompts are decoded at a time (None:
+    all). The random numbers of a prompt are its own, from `seed` and its place in `input_ids`: batch size and
+    neighbours do not change them.
     """
     gamma = gamma if drafter is not None else 0
     seeds = None if temperature == 0 else [(seed, i) for i in range(len(input_ids))]

@@ -42,11 +42,10 @@ class DeviceBatch(NamedTuple):
             return self, states
         chains = self.chains
         places = chains.places(self.mask.shape[1])
-        is_mask = chains.behind(torch.zeros_like(self.mask), chains.offsets > 0)
         batch = self._replace(
             input_ids=chains.behind(self.input_ids, chains.mask_id),
             labels=self.labels.gather(1, places),
-            mask=chains.behind(self.mask, 0) | is_mask,
+            mask=chains.behind(self.mask, chains.offsets > 0),
             positions=chains.behind(self.positions, self.positions.gather(1, places[:, self.mask.shape[1] :])),
             unmasked=self.trained,
             chains=None,

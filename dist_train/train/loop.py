@@ -112,7 +112,7 @@ class Training:
     def _on_device_with_chains(self, batch: Batch) -> DeviceBatch:
         """With what a drafter that drafts in one pass learns from besides."""
         parallel, section = parallel_of(self.module.model.config), self.config.drafter.parallel
-        if parallel is None or section is None:
+        if parallel is None or section is None or self.objective.regresses(self.step):  # of the next token alone
             return on_device(batch, self.runtime.device)
         seed = (self.config.run.seed, self.step)
         chains = lay_out(batch.input_ids, batch.positions, batch.mask, parallel, section.keep, seed)
@@ -126,8 +126,6 @@ class Training:
                 first = self.step * self.config.train.global_batch + self.runtime.rank * len(batches)
                 batches = [self.on_policy.rewrite(self.module, b, first + i) for i, b in enumerate(batches)]
         regresses = objective.regresses(self.step)
-        if regresses:  # of the next token's state alone
-            batches = [batch._replace(chains=None) for batch in batches]
         num_positions = self.runtime.sum(self._on_device([sum(batch.trained for batch in batches)]))[0]
         if objective.needs_batch_mu and objective.batch_mu is None and not regresses:
             objective.observe(self._measure_mu(batches, num_positions))
