@@ -14,7 +14,7 @@ from served_pair import blocks_of
 README = Path(__file__).parent.parent / "README.md"
 SMALLER = {"hidden_size: 128": "hidden_size: 16", "mlp_size: 352": "mlp_size: 44", "steps: 600": "steps: 8"}
 SMALLER |= {"warmup_steps: 30": "warmup_steps: 1", "max_new_tokens: 128": "max_new_tokens: 24"}
-SMALLER |= {"max_new_tokens: 64": "max_new_tokens: 16"}
+SMALLER |= {"max_new_tokens: 64": "max_new_tokens: 16", "limit: 500": "limit: 40"}
 
 
 def test_the_walk_through_makes_a_drafter(tiny, tmp_path):
@@ -24,9 +24,7 @@ def test_the_walk_through_makes_a_drafter(tiny, tmp_path):
         for words, fewer in SMALLER.items():
             block = block.replace(words, fewer)
         (tmp_path / name).write_text(block.replace("TARGET", str(tiny.target)))
-    prompts = [
-        f"Say {word} {other}" for word in "one two three four five six seven eight".split() for other in "abcdefgh"
-    ]
+    prompts = [f"Say {word} {times} times" for word in ("one", "two", "three") for times in range(100)]
     (tmp_path / "instructions.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
 
     (commands,) = (block for block in blocks_of(README, "bash") if "distill.yaml" in block)

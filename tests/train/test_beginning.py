@@ -57,7 +57,7 @@ def test_a_sharded_target_is_projected_alike(tiny, command, tmp_path, one_rank):
     assert losses(tmp_path / "run") == pytest.approx(losses(one_rank), rel=2e-4)
 
 
-def test_a_resumed_run_goes_on_with_what_it_was_in(tiny, cli, tmp_path, one_rank):
+def test_a_resumed_run_goes_on_with_what_it_was_in(tiny, cli, tmp_path):
     """Stopped amid the regression, by its number of steps, and after it."""
     run = tmp_path / "run"
     whole = [*PROJECTED, "train.schedule=constant"]

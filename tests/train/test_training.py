@@ -161,8 +161,9 @@ def test_sigterm_saves_at_a_step_boundary_and_the_same_command_goes_on(tiny, tmp
     assert losses(stopped) == losses(whole)
 
 
-def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny, tmp_path):
-    kill_and_resume(tiny, tmp_path, kills=2)
+@pytest.mark.parametrize("kind", [(), ("drafter.parallel={tokens: 3, keep: 0.8}",)], ids=["by token", "in one pass"])
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny, tmp_path, kind):
+    kill_and_resume(tiny, tmp_path, *kind, kills=2)
 
 
 @pytest.mark.campaign
@@ -171,15 +172,16 @@ def test_thirty_kills(tiny, tmp_path):
     kill_and_resume(tiny, tmp_path, kills=30)
 
 
-def kill_and_resume(tiny, tmp_path, kills):
+def kill_and_resume(tiny, tmp_path, *kind, kills):
     """SIGKILL to the launcher alone: its ranks die with it; the same command resumes."""
     import random
 
     drawn = random.Random(0)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     options = {"steps": 30 * kills}
-    run_by(2, *distillation(tiny, whole, "checkpoint.every=5", **options), timeout=900)
-    command = [sys.executable, "-m", "dist_train", *distillation(tiny, killed, "checkpoint.every=5", **options)]
+    run_by(2, *distillation(tiny, whole, *kind, "checkpoint.every=5", **options), timeout=900)
+    again = distillation(tiny, killed, *kind, "checkpoint.every=5", **options)
+    command = [sys.executable, "-m", "dist_train", *again]
     for _ in range(kills):
         running = subprocess.Popen([*command, "--nproc", "2"], stdout=subprocess.PIPE, text=True)
         for line in running.stdout:  # its first line comes when training begins
@@ -188,7 +190,7 @@ def kill_and_resume(tiny, tmp_path, kills):
         time.sleep(drawn.random() * 1.5)
         running.kill()
         running.wait()
-    run_by(2, *distillation(tiny, killed, "checkpoint.every=5", **options), timeout=900)
+    run_by(2, *again, timeout=900)
     assert losses(killed) == losses(whole)
     for name, weight in weights(killed).items():
         assert torch.equal(weight, weights(whole)[name]), name
