@@ -161,9 +161,13 @@ def test_sigterm_saves_at_a_step_boundary_and_the_same_command_goes_on(tiny, tmp
     assert losses(stopped) == losses(whole)
 
 
-@pytest.mark.parametrize("kind", [(), ("drafter.parallel={tokens: 3, keep: 0.8}",)], ids=["by token", "in one pass"])
-def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny, tmp_path, kind):
-    kill_and_resume(tiny, tmp_path, *kind, kills=2)
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tiny, tmp_path):
+    kill_and_resume(tiny, tmp_path, kills=2)
+
+
+@pytest.mark.campaign
+def test_a_drafter_of_one_pass_is_killed_at_random_moments(tiny, tmp_path):
+    kill_and_resume(tiny, tmp_path, "drafter.parallel={tokens: 3, keep: 0.8}", kills=2)
 
 
 @pytest.mark.campaign
